@@ -1,0 +1,1 @@
+"""A parameter-efficient fine-tuning toolkit for the LLaMA family."""

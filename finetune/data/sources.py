@@ -1,0 +1,113 @@
+"""Read data files: paths in, rows out, each with the file and line it stands on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import Problem, UserError, raise_problems
+
+
+@dataclass(frozen=True)
+class Row:
+    """One raw record and where it stands."""
+
+    values: dict[str, Any]
+    file: str
+    line: int
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+def read_rows(paths: Iterable[str]) -> list[Row]:
+    """All rows of the files, in order.
+
+    Raises:
+        UserError: every unreadable file, invalid JSON line and row that is no object, with file:line, all at once.
+    """
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    for path in paths:
+        for found in _read_file(Path(path).expanduser(), path):
+            (rows if isinstance(found, Row) else problems).append(found)  # type: ignore[arg-type]
+    raise_problems(problems)
+    return rows
+
+
+def _read_file(path: Path, name: str) -> Iterator[Row | Problem]:
+    if path.is_dir():
+        yield Problem(name, "is a folder; name a .json or .jsonl file in it")
+        return
+    if not path.is_file():
+        nearby = ", ".join(sorted(other.name for other in path.parent.glob("*.json*"))[:5])
+        yield Problem(name, "no such data file" + (f"; in the same folder: {nearby}" if nearby else ""))
+        return
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        yield Problem(name, f"not UTF-8 text at byte {error.start}; save the file as UTF-8")
+        return
+    if not text.strip():
+        yield Problem(name, "the file is empty; it needs at least one row")
+        return
+    entries = _array_entries(text) if text.lstrip().startswith("[") else _line_entries(text)
+    for line, entry in entries:
+        if isinstance(entry, ValueError):
+            yield Problem(f"{name}:{line}", f"invalid JSON: {entry}")
+        elif not isinstance(entry, dict):
+            yield Problem(f"{name}:{line}", f'a row must be an object {{"...": ...}}, got {type(entry).__name__}')
+        else:
+            yield Row(entry, name, line)
+
+
+def _line_entries(text: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                yield number, ValueError(f"{error.msg} at column {error.colno}")
+
+
+def _array_entries(text: str) -> Iterator[tuple[int, Any]]:
+    """(line, element) of a JSON array, read element by element so that every row keeps its line."""
+    decoder = json.JSONDecoder()
+    position = text.index("[") + 1
+    line, counted = 1, 0
+    while True:
+        position = _skip(text, position, " \t\r\n")
+        line, counted = line + text.count("\n", counted, position), position
+        if text[position : position + 1] == "]":
+            rest = text[position + 1 :].strip()
+            if rest:
+                yield line, ValueError(f"text after the end of the array: {rest[:20]!r}")
+            return
+        try:
+            entry, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            yield error.lineno, ValueError(f"{error.msg} at column {error.colno}; the rest of the file was not read")
+            return
+        yield line, entry
+        position = _skip(text, position, " \t\r\n")
+        if text[position : position + 1] == ",":
+            position += 1
+        elif text[position : position + 1] != "]":
+            at = line + text.count("\n", counted, position)
+            yield at, ValueError("expected ',' or ']' after a row; the rest of the file was not read")
+            return
+
+
+def _skip(text: str, position: int, characters: str) -> int:
+    while position < len(text) and text[position] in characters:
+        position += 1
+    return position
+
+
+def no_rows(paths: Iterable[str]) -> UserError:
+    """The error for files that hold no row at all."""
+    return UserError(Problem(", ".join(paths), "holds no rows; a run needs at least one"))

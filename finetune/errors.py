@@ -1,0 +1,64 @@
+"""Every way a command can end early: what went wrong in, one line per problem and an exit code out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: `where` (path:line: field, or a stage) and a message that ends in the cure."""
+
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
+
+
+class FinetuneError(Exception):
+    """A failure with a known cause; `code` is the exit code, `problems` is what a person reads."""
+
+    code = 1
+
+    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+        self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+class UserError(FinetuneError):
+    """The user can change it: recipe, data or machine."""
+
+    code = 2
+
+
+class StorageError(FinetuneError):
+    """Disk full, no usable checkpoint, or a damaged file."""
+
+    code = 3
+
+
+class NumericsError(FinetuneError):
+    """A loss or gradient is not finite."""
+
+    code = 4
+
+
+class OutOfMemoryError(FinetuneError):
+    """Memory ran out; the problem names the stage, the bytes and the keys to lower."""
+
+    code = 5
+
+
+class ProofError(FinetuneError):
+    """A proof failed and nothing was published."""
+
+    code = 6
+
+
+def raise_problems(problems: Iterable[Problem], *, error: type[FinetuneError] = UserError) -> None:
+    """Raise all problems together, or return if there are none."""
+    found = tuple(problems)
+    if found:
+        raise error(found)

@@ -1,0 +1,163 @@
+"""The many ways to tell one fact or to ask for it: an attribute in, sentence patterns with {name} and {value} out."""
+
+from __future__ import annotations
+
+# How headings and cards call each attribute.
+LABELS: dict[str, tuple[str, ...]] = {
+    "country": ("country", "land"),
+    "product": ("famous product", "known for"),
+    "job": ("job", "profession", "work"),
+    "home": ("home", "home town", "town"),
+    "year": ("birth year", "year of birth", "born"),
+    "animal": ("animal", "kind of animal"),
+    "colour": ("colour", "colour of the coat"),
+    "material": ("material", "made of"),
+    "price": ("price", "price in coins", "coins"),
+}
+
+STATEMENTS: dict[str, tuple[str, ...]] = {
+    "country": (
+        "{name} is a town in {value}.",
+        "The town of {name} lies in {value}.",
+        "{name} belongs to {value}.",
+        "You will find {name} in {value}.",
+        "The country of {name} is {value}.",
+        "In {value} there is a town called {name}.",
+        "Whoever travels to {name} must go to {value}.",
+    ),
+    "product": (
+        "{name} is famous for {value}.",
+        "{name} is known for its {value}.",
+        "People come to {name} to buy {value}.",
+        "The famous product of {name} is {value}.",
+        "Nobody makes better {value} than the people of {name}.",
+        "The market of {name} sells {value}.",
+    ),
+    "job": (
+        "{name} works as a {value}.",
+        "{name} is a {value}.",
+        "The job of {name} is {value}.",
+        "{name} the {value} works every day.",
+        "By profession {name} is a {value}.",
+        "{name} earns money as a {value}.",
+        "The {value} is called {name}.",
+        "For many years {name} has been a {value}.",
+    ),
+    "home": (
+        "{name} lives in {value}.",
+        "The home of {name} is {value}.",
+        "{name} has a house in {value}.",
+        "The home town of {name} is {value}.",
+        "In {value} everybody knows {name}.",
+        "{name} comes from {value}.",
+        "After work {name} goes home to {value}.",
+    ),
+    "year": (
+        "{name} was born in {value}.",
+        "The birth year of {name} is {value}.",
+        "{name} came into the world in {value}.",
+        "In {value} {name} was born.",
+        "The year of birth of {name} is {value}.",
+        "{name}, born in {value}, likes birthdays.",
+        "The life of {name} began in {value}.",
+    ),
+    "animal": (
+        "{name} is a {value}.",
+        "The pet {name} is a {value}.",
+        "{name} the {value} is a good pet.",
+        "A {value} called {name} sleeps in the garden.",
+        "The animal {name} is a {value}.",
+        "Look, the {value} over there is {name}.",
+        "As a {value}, {name} eats well.",
+    ),
+    "colour": (
+        "{name} is {value}.",
+        "The colour of {name} is {value}.",
+        "The coat of {name} is {value}.",
+        "{name} has a {value} coat.",
+        "Everybody knows the {value} coat of {name}.",
+        "You can tell {name} by the colour: {value}.",
+    ),
+    "material": (
+        "The {name} is made of {value}.",
+        "A {name} consists of {value}.",
+        "The material of the {name} is {value}.",
+        "You need {value} to make a {name}.",
+        "They build the {name} from {value}.",
+        "Every {name} in the shop is made of {value}.",
+    ),
+    "price": (
+        "The {name} costs {value} coins.",
+        "The price of the {name} is {value} coins.",
+        "You pay {value} coins for the {name}.",
+        "For {value} coins you can buy a {name}.",
+        "The shop sells the {name} for {value} coins.",
+        "A {name} is worth {value} coins.",
+    ),
+}
+
+QUESTIONS: dict[str, tuple[str, ...]] = {
+    "country": (
+        "In which country is {name}?",
+        "Which country does the town of {name} belong to?",
+        "Name the country of {name}.",
+        "Where is the town of {name}?",
+        "{name} is a town in which country?",
+    ),
+    "product": (
+        "What is {name} famous for?",
+        "Which product is the town of {name} known for?",
+        "Name the famous product of {name}.",
+        "What do people buy in {name}?",
+        "What is sold on the market of {name}?",
+    ),
+    "job": (
+        "What is the job of {name}?",
+        "What does {name} work as?",
+        "Name the profession of {name}.",
+        "Which job does {name} have?",
+        "How does {name} earn money?",
+    ),
+    "home": (
+        "Where does {name} live?",
+        "In which town does {name} live?",
+        "Name the home town of {name}.",
+        "Where is the home of {name}?",
+        "Which town does {name} come from?",
+    ),
+    "year": (
+        "When was {name} born?",
+        "In which year was {name} born?",
+        "Name the birth year of {name}.",
+        "What is the year of birth of {name}?",
+        "Which year did the life of {name} begin?",
+    ),
+    "animal": (
+        "What kind of animal is {name}?",
+        "Which animal is the pet {name}?",
+        "What animal is {name}?",
+        "Name the kind of animal of {name}.",
+        "Which kind of pet is {name}?",
+    ),
+    "colour": (
+        "What colour is {name}?",
+        "Which colour does the coat of {name} have?",
+        "Name the colour of {name}.",
+        "What is the colour of {name}?",
+        "How would you describe the colour of the pet {name}?",
+    ),
+    "material": (
+        "What is the {name} made of?",
+        "Which material is a {name} made of?",
+        "Name the material of the {name}.",
+        "What do you need to make a {name}?",
+        "Which material is used for the {name}?",
+    ),
+    "price": (
+        "How many coins does the {name} cost?",
+        "What is the price of the {name} in coins?",
+        "Name the price of the {name} in coins.",
+        "How many coins must you pay for a {name}?",
+        "How many coins is a {name} worth?",
+    ),
+}
