@@ -1,0 +1,92 @@
+"""Load a frozen base: a plan in, a transformers model in 4-bit, 8-bit or 16-bit out. The only door to bitsandbytes."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from finetune.errors import Problem, UserError
+from finetune.model.attention import register_attention
+from finetune.plan import ModelPlan
+
+BLOCK_SIZE = 64  # bitsandbytes' block for nf4 and fp4
+
+
+def load_base(plan: ModelPlan) -> PreTrainedModel:
+    """The frozen base in evaluation mode, quantised as planned, no parameter requiring a gradient.
+
+    Raises:
+        UserError: transformers cannot load the folder.
+    """
+    register_attention()
+    dtype = getattr(torch, plan.dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(plan.folder),
+            config=AutoConfig.from_pretrained(str(plan.folder)),
+            dtype=dtype,
+            quantization_config=quantization_config(plan.quantization, dtype),
+            attn_implementation=plan.attention,
+            device_map={"": plan.device},
+        )
+    except (OSError, ValueError, KeyError) as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise UserError(Problem(str(plan.folder), f"transformers cannot load this base: {first_line}")) from error
+    model.requires_grad_(False)
+    keep_4bit_weights_unpacked(model)
+    return model
+
+
+def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """What transformers needs to quantise while loading; None for unquantised weights."""
+    if quantization == "none":
+        return None
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def keep_4bit_weights_unpacked(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in place at the first evaluation forward.
+
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks the weight of a Linear4bit for inference and never unpacks it:
+    from then on no gradient flows through the base, and dequantising gives garbage
+    (bitsandbytes/nn/modules.py, Linear4bit.forward; a neighbouring report: bitsandbytes pull request 2083).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def dequantize_like_base(weight: torch.Tensor, *, quantization: str, dtype: torch.dtype) -> torch.Tensor:
+    """The values a stored weight [out, in] has after quantisation as load_base does it, in `dtype`."""
+    import bitsandbytes.functional as bnb
+
+    if quantization == "int8":
+        quantized, scale, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
+        return bnb.int8_vectorwise_dequant(quantized, scale).to(dtype)
+    packed, state = bnb.quantize_4bit(
+        weight.to(dtype).contiguous(), blocksize=BLOCK_SIZE, compress_statistics=True, quant_type=quantization
+    )
+    return bnb.dequantize_4bit(packed, state).to(dtype)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base, adapter or release folder, as any transformers user gets it."""
+    return AutoTokenizer.from_pretrained(str(folder))

@@ -1,0 +1,325 @@
+"""Resolve a run: what was asked, the machine, the base and the data in; every number of the run out. Opens no file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.base import BaseFacts, LinearShape
+from finetune.errors import Problem, raise_problems
+from finetune.layout import count_steps, cut_into_passes, lay_out_steps
+from finetune.machine import GIB, Machine
+from finetune.recipe import Recipe
+
+# Bits a frozen weight takes in memory. NF4, double quantised: 4 + 8/64 + 32/(64*256) (QLoRA, arXiv:2305.14314, section 3).
+STORED_BITS = {"nf4": 4.127, "fp4": 4.127, "int8": 8.0}
+ADAPTER_BYTES_PER_PARAMETER = {"adamw": 16, "adamw-8bit": 10, "paged-adamw-8bit": 10}  # weight, gradient, two moments
+AUTO_TOKENS_PER_PASS = {"cpu": 2048, "cuda": 8192}
+RUNTIME_GIB = {"cpu": 0.8, "cuda": 1.2}  # the libraries themselves, before a weight is loaded
+GATHERED_LOGITS_BYTES = 10  # logits in the compute dtype, in float32, and their gradient, per entry
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a plan needs to know of the data; counts per example, in the order of the files."""
+
+    format: str
+    template: str
+    template_sha256: str
+    rows_read: int
+    dropped: Mapping[str, int]
+    train_tokens: tuple[int, ...]
+    train_supervised: tuple[int, ...]
+    eval_tokens: tuple[int, ...]
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """How the base is loaded."""
+
+    base: str
+    revision: str | None
+    folder: Path
+    quantization: str
+    dtype: str  # of the computations: bfloat16, float16 or float32
+    device: str
+    attention: str  # documents: one by one; sdpa: a dense block-diagonal mask
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """The trainable delta: which modules, and how it is scaled."""
+
+    method: str
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]  # leaf names of modules, sorted
+    start_from: Path | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """The training itself, every value that changes its numbers, also those nobody sets."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+    optimizer: str
+    adam_betas: tuple[float, float]
+    adam_epsilon: float
+    weight_decay: float
+    max_grad_norm: float
+    tokens_per_pass: int
+    recompute: bool
+    dtype: str
+    device: str
+    seed: int
+    evaluate_every_steps: int
+    save_every_steps: int
+    keep_checkpoints: int
+    log_to: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every number a run will use."""
+
+    name: str
+    run_folder: Path
+    model: ModelPlan
+    adapter: AdapterPlan
+    train: TrainPlan
+    examples: int
+    eval_examples: int
+    tokens: int  # of one trip through the training rows
+    supervised_tokens: int
+    rows_read: int
+    dropped: Mapping[str, int]
+    data_format: str
+    template: str
+    template_sha256: str
+    stop_token_ids: tuple[int, ...]
+    trainable_parameters: int
+    base_parameters: int
+    passes_per_step: float  # mean over the run
+    peak_memory_gib: float
+    disk_gib: float
+    settings: Mapping[str, Any]  # the recipe's keys, resolved
+    defaults: tuple[str, ...]  # those of them that nobody wrote
+    estimated: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, tokens_per_pass and steps at the top level too."""
+        return {"steps": self.train.steps, "tokens_per_pass": self.train.tokens_per_pass, **_plain(asdict(self))}
+
+
+def make_plan(recipe: Recipe, machine: Machine, base: BaseFacts, data: DataFacts) -> Plan:
+    """The resolved run; the same arguments always give the same plan.
+
+    Raises:
+        UserError: targets that the base does not have, a dtype the machine cannot compute, rows longer than the base's
+            context, or a run that does not fit the machine's memory; all at once.
+    """
+    targets, problems = _resolve_targets(recipe, base)
+    problems += _machine_problems(recipe, machine) + _context_problems(recipe, base, data)
+    raise_problems(problems)
+    dtype = _resolve_dtype(recipe, machine)
+    train = _train_plan(recipe, machine, data, dtype)
+    layout = lay_out_steps(len(data.train_tokens), batch_size=train.batch_size, steps=train.steps, seed=recipe.seed)
+    passes = sum(
+        len(cut_into_passes([data.train_tokens[i] for i in step], tokens_per_pass=train.tokens_per_pass))
+        for step in layout
+    )
+    trainable = count_trainable(base.linears, targets, method=recipe.adapter.method, rank=recipe.adapter.rank)
+    adapter_gib = trainable * 4 / GIB
+    plan = Plan(
+        name=recipe.name,
+        run_folder=recipe.run_folder,
+        model=_model_plan(recipe, machine, base, dtype),
+        adapter=AdapterPlan(
+            method=recipe.adapter.method,
+            rank=recipe.adapter.rank,
+            alpha=float(recipe.adapter.alpha),
+            dropout=recipe.adapter.dropout,
+            targets=targets,
+            start_from=Path(recipe.adapter.from_).expanduser() if recipe.adapter.from_ else None,
+            seed=recipe.seed,
+        ),
+        train=train,
+        examples=len(data.train_tokens),
+        eval_examples=len(data.eval_tokens),
+        tokens=sum(data.train_tokens),
+        supervised_tokens=sum(data.train_supervised),
+        rows_read=data.rows_read,
+        dropped=data.dropped,
+        data_format=data.format,
+        template=data.template,
+        template_sha256=data.template_sha256,
+        stop_token_ids=data.stop_token_ids,
+        trainable_parameters=trainable,
+        base_parameters=base.parameters,
+        passes_per_step=passes / train.steps,
+        peak_memory_gib=round(_peak_memory_gib(recipe, base, data, train, trainable), 3),
+        disk_gib=round(adapter_gib * (1 + 3 * train.keep_checkpoints) + base.stored_bytes / GIB, 3),
+        settings=_settings(recipe, train, targets, data, dtype),
+        defaults=tuple(key for key in recipe.settings() if key not in recipe.given_keys()),
+        estimated=("peak_memory_gib", "disk_gib"),
+    )
+    _refuse_too_large(plan, machine)
+    return plan
+
+
+def count_trainable(linears: tuple[LinearShape, ...], targets: tuple[str, ...], *, method: str, rank: int) -> int:
+    """Trainable parameters in closed form: rank * (in + out) a module, and `out` magnitudes more with DoRA."""
+    modules = [linear for linear in linears if linear.leaf in targets]
+    magnitudes = sum(linear.out_features for linear in modules) if method == "dora" else 0
+    return sum(rank * (linear.in_features + linear.out_features) for linear in modules) + magnitudes
+
+
+def _resolve_targets(recipe: Recipe, base: BaseFacts) -> tuple[tuple[str, ...], list[Problem]]:
+    known = sorted({linear.leaf for linear in base.linears})
+    if recipe.adapter.targets == "all-linear":
+        return tuple(known), []
+    unknown = [name for name in recipe.adapter.targets if name not in known]
+    problems = [
+        Problem(
+            "adapter.targets",
+            f"no linear module is called {name!r} in {base.base}; there are: {', '.join(known)}; "
+            "write one of these, or `targets: all-linear`",
+        )
+        for name in unknown
+    ]
+    return tuple(sorted(recipe.adapter.targets)), problems
+
+
+def _machine_problems(recipe: Recipe, machine: Machine) -> list[Problem]:
+    problems = []
+    if recipe.model.dtype == "float16" and machine.device == "cpu":
+        problems.append(Problem("model.dtype", "float16 is for GPUs; on a CPU write auto, bfloat16 or float32"))
+    if recipe.train.optimizer == "paged-adamw-8bit" and machine.device == "cpu":
+        problems.append(Problem("train.optimizer", "paging needs a GPU; on a CPU write adamw or adamw-8bit"))
+    return problems
+
+
+def _context_problems(recipe: Recipe, base: BaseFacts, data: DataFacts) -> list[Problem]:
+    longest = max(data.train_tokens + data.eval_tokens)
+    if longest <= base.context_tokens:
+        return []
+    return [
+        Problem(
+            "data.max_tokens",
+            f"the longest row has {longest} tokens, {base.base} reads {base.context_tokens}; "
+            f"set data.max_tokens: {base.context_tokens} and data.too_long: drop, or shorten the rows",
+        )
+    ]
+
+
+def _resolve_dtype(recipe: Recipe, machine: Machine) -> str:
+    if recipe.model.dtype != "auto":
+        return recipe.model.dtype
+    return "bfloat16" if machine.computes_bfloat16 else "float32"
+
+
+def _model_plan(recipe: Recipe, machine: Machine, base: BaseFacts, dtype: str) -> ModelPlan:
+    return ModelPlan(
+        base=base.base,
+        revision=base.revision,
+        folder=base.folder,
+        quantization=recipe.model.quantization,
+        dtype=dtype,
+        device=machine.device,
+        attention="documents" if base.isolates_by_documents else "sdpa",
+    )
+
+
+def _train_plan(recipe: Recipe, machine: Machine, data: DataFacts, dtype: str) -> TrainPlan:
+    asked = recipe.train
+    steps = asked.max_steps or count_steps(
+        len(data.train_tokens), batch_size=asked.batch_size, epochs=asked.epochs
+    )
+    tokens_per_pass = asked.tokens_per_pass
+    if tokens_per_pass == "auto":
+        tokens_per_pass = max(AUTO_TOKENS_PER_PASS[machine.device], *data.train_tokens, 1)
+    warmup_steps = asked.warmup if isinstance(asked.warmup, int) else math.ceil(asked.warmup * steps)
+    return TrainPlan(
+        steps=steps,
+        batch_size=asked.batch_size,
+        learning_rate=asked.learning_rate,
+        schedule=asked.schedule,
+        warmup_steps=warmup_steps,
+        optimizer=asked.optimizer,
+        adam_betas=(0.9, 0.999),
+        adam_epsilon=1e-8,
+        weight_decay=asked.weight_decay,
+        max_grad_norm=asked.max_grad_norm,
+        tokens_per_pass=tokens_per_pass,
+        recompute=asked.recompute == "all",
+        dtype=dtype,
+        device=machine.device,
+        seed=recipe.seed,
+        evaluate_every_steps=recipe.evaluate.every_steps,
+        save_every_steps=recipe.output.save_every_steps,
+        keep_checkpoints=recipe.output.keep_checkpoints,
+        log_to=recipe.output.log_to,
+    )
+
+
+def _peak_memory_gib(
+    recipe: Recipe, base: BaseFacts, data: DataFacts, train: TrainPlan, trainable: int
+) -> float:
+    """Arithmetic estimate: runtime + stored weights + adapters + activations and logits of the largest pass."""
+    element_bytes = 4 if train.dtype == "float32" else 2
+    in_linears = sum(linear.in_features * linear.out_features for linear in base.linears)
+    linear_bits = STORED_BITS.get(recipe.model.quantization, 8 * element_bytes)
+    weights = in_linears * linear_bits / 8 + (base.parameters - in_linears) * element_bytes
+    adapters = trainable * ADAPTER_BYTES_PER_PARAMETER[train.optimizer]
+    pass_tokens = max(min(train.tokens_per_pass, sum(sorted(data.train_tokens)[-train.batch_size :])), 1)
+    kept_per_layer = sum(linear.in_features + linear.out_features for linear in base.linears) / max(base.layers, 1)
+    layers_kept = 1 if train.recompute else base.layers
+    # Inputs and outputs of every linear are kept for the backward pass, and about as much again by what lies between.
+    activations = pass_tokens * kept_per_layer * layers_kept * element_bytes * 2
+    activations += pass_tokens * base.hidden_size * base.layers * element_bytes
+    supervised_share = sum(data.train_supervised) / max(sum(data.train_tokens), 1)
+    logits = pass_tokens * supervised_share * base.vocabulary * GATHERED_LOGITS_BYTES
+    return RUNTIME_GIB[train.device] + (weights + adapters + activations + logits) / GIB
+
+
+def _refuse_too_large(plan: Plan, machine: Machine) -> None:
+    if plan.peak_memory_gib > machine.device_memory_gib:
+        message = (
+            f"about {plan.peak_memory_gib:.1f} GiB are needed, {machine.device_name} has "
+            f"{machine.device_memory_gib:.1f} GiB; lower train.tokens_per_pass (now {plan.train.tokens_per_pass}), set "
+            "train.recompute: all, or model.quantization: nf4"
+        )
+        raise_problems([Problem("memory", message)])
+
+
+def _settings(
+    recipe: Recipe, train: TrainPlan, targets: tuple[str, ...], data: DataFacts, dtype: str
+) -> dict[str, Any]:
+    return recipe.settings() | {
+        "model.dtype": dtype,
+        "adapter.targets": list(targets),
+        "data.format": data.format,
+        "data.template": data.template,
+        "train.tokens_per_pass": train.tokens_per_pass,
+        "train.recompute": "all" if train.recompute else "none",
+        "train.warmup": train.warmup_steps,
+        "train.max_steps": train.steps,
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,29 @@
+"""One training run, start to end. Read this first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.artifact import RunFolder, open_run_folder
+from finetune.model.adapter import attach_adapter, save_adapter
+from finetune.model.load import load_base, load_tokenizer
+from finetune.resolve import resolve
+from finetune.train.train import train
+
+
+def run(recipe_path: Path, overrides: Sequence[str] = (), *, out: Path | None = None, resume: bool = False) -> RunFolder:
+    """Train what the recipe asks for and return the finished run folder.
+
+    Raises:
+        UserError, NumericsError: see the stages; nothing is written before the plan is resolved.
+    """
+    recipe, base, data, plan = vars(resolve(recipe_path, overrides, out=out)).values()
+    folder = open_run_folder(plan, recipe_path, overrides, base, recipe.data, resume=resume)
+    if folder.is_finished:
+        return folder
+    model = attach_adapter(load_base(plan.model), plan.adapter, base=plan.model.base)
+    tokenizer = load_tokenizer(base.tokenizer_folder)
+    result = train(plan.train, model, tokenizer, examples=data.train, held_out=data.eval, folder=folder.path)
+    folder.write_adapter(base, data.template, lambda target: save_adapter(model, target))
+    return folder.finish(result)
