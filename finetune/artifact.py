@@ -18,7 +18,17 @@ from finetune.errors import Problem, UserError
 from finetune.plan import Plan
 from finetune.recipe import DataSection
 
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl", "tokenizers", "safetensors")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "trl",
+    "tokenizers",
+    "safetensors",
+)
 
 
 @dataclass(frozen=True)

@@ -273,7 +273,7 @@ def _facts(
 
 
 def _linear_shapes(tensors: list[TensorEntry]) -> Iterator[LinearShape]:
-    """2-D weights inside the decoder layers; embeddings and the head lie outside, routers and norms are not 2-D linears."""
+    """The 2-D weights inside the decoder layers; embeddings and the head lie outside, norms have one dimension."""
     for tensor in tensors:
         if len(tensor.shape) == 2 and ".layers." in tensor.name and tensor.name.endswith(".weight"):
             yield LinearShape(tensor.name.removesuffix(".weight"), *tensor.shape)

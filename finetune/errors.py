@@ -57,6 +57,14 @@ class ProofError(FinetuneError):
     code = 6
 
 
+class Interrupted(FinetuneError):
+    """A signal ended the run after a checkpoint was saved; the exit code is 128 + the signal's number."""
+
+    def __init__(self, problem: Problem, *, signal_number: int) -> None:
+        super().__init__(problem)
+        self.code = 128 + signal_number
+
+
 def raise_problems(problems: Iterable[Problem], *, error: type[FinetuneError] = UserError) -> None:
     """Raise all problems together, or return if there are none."""
     found = tuple(problems)

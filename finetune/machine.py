@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shutil
 import subprocess
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +58,12 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # bitsandbytes tries to fetch a CPU kernel while it is imported, says that it failed, and works without it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # Two deprecations between the pinned libraries, which no user can cure: PEFT reads and TRL sets the old names of
+    # activation checkpointing (peft/peft_model.py, trl/trainer/base_config.py).
+    for name in ("is_gradient_checkpointing", "gradient_checkpointing"):
+        warnings.filterwarnings("ignore", category=FutureWarning, message=f"`{name}` is deprecated")
 
 
 def _total_memory_bytes() -> int:

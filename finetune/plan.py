@@ -14,7 +14,7 @@ from finetune.layout import count_steps, cut_into_passes, lay_out_steps
 from finetune.machine import GIB, Machine
 from finetune.recipe import Recipe
 
-# Bits a frozen weight takes in memory. NF4, double quantised: 4 + 8/64 + 32/(64*256) (QLoRA, arXiv:2305.14314, section 3).
+# Bits a frozen weight takes. NF4, double quantised: 4 + 8/64 + 32/(64*256) (QLoRA, arXiv:2305.14314, section 3).
 STORED_BITS = {"nf4": 4.127, "fp4": 4.127, "int8": 8.0}
 ADAPTER_BYTES_PER_PARAMETER = {"adamw": 16, "adamw-8bit": 10, "paged-adamw-8bit": 10}  # weight, gradient, two moments
 AUTO_TOKENS_PER_PASS = {"cpu": 2048, "cuda": 8192}
@@ -242,12 +242,8 @@ def _model_plan(recipe: Recipe, machine: Machine, base: BaseFacts, dtype: str) -
 
 def _train_plan(recipe: Recipe, machine: Machine, data: DataFacts, dtype: str) -> TrainPlan:
     asked = recipe.train
-    steps = asked.max_steps or count_steps(
-        len(data.train_tokens), batch_size=asked.batch_size, epochs=asked.epochs
-    )
-    tokens_per_pass = asked.tokens_per_pass
-    if tokens_per_pass == "auto":
-        tokens_per_pass = max(AUTO_TOKENS_PER_PASS[machine.device], *data.train_tokens, 1)
+    steps = asked.max_steps or count_steps(len(data.train_tokens), batch_size=asked.batch_size, epochs=asked.epochs)
+    automatic = max(AUTO_TOKENS_PER_PASS[machine.device], *data.train_tokens)
     warmup_steps = asked.warmup if isinstance(asked.warmup, int) else math.ceil(asked.warmup * steps)
     return TrainPlan(
         steps=steps,
@@ -260,7 +256,7 @@ def _train_plan(recipe: Recipe, machine: Machine, data: DataFacts, dtype: str) -
         adam_epsilon=1e-8,
         weight_decay=asked.weight_decay,
         max_grad_norm=asked.max_grad_norm,
-        tokens_per_pass=tokens_per_pass,
+        tokens_per_pass=automatic if asked.tokens_per_pass == "auto" else asked.tokens_per_pass,
         recompute=asked.recompute == "all",
         dtype=dtype,
         device=machine.device,
@@ -272,9 +268,7 @@ def _train_plan(recipe: Recipe, machine: Machine, data: DataFacts, dtype: str) -
     )
 
 
-def _peak_memory_gib(
-    recipe: Recipe, base: BaseFacts, data: DataFacts, train: TrainPlan, trainable: int
-) -> float:
+def _peak_memory_gib(recipe: Recipe, base: BaseFacts, data: DataFacts, train: TrainPlan, trainable: int) -> float:
     """Arithmetic estimate: runtime + stored weights + adapters + activations and logits of the largest pass."""
     element_bytes = 4 if train.dtype == "float32" else 2
     in_linears = sum(linear.in_features * linear.out_features for linear in base.linears)

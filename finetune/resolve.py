@@ -34,3 +34,9 @@ def resolve(recipe_path: Path, overrides: Sequence[str] = (), *, out: Path | Non
     data = prepare_data(recipe.data, base, seed=recipe.seed)
     plan = make_plan(recipe, probe_machine(), base.facts, data.facts)
     return Resolved(recipe, base, data, replace(plan, run_folder=out) if out else plan)
+
+
+def resolve_data(recipe_path: Path, overrides: Sequence[str] = ()) -> PreparedData:
+    """The examples alone, without asking whether the machine can train on them."""
+    recipe = load_recipe(recipe_path, overrides)
+    return prepare_data(recipe.data, read_base(recipe.model.base, revision=recipe.model.revision), seed=recipe.seed)

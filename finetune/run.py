@@ -12,7 +12,9 @@ from finetune.resolve import resolve
 from finetune.train.train import train
 
 
-def run(recipe_path: Path, overrides: Sequence[str] = (), *, out: Path | None = None, resume: bool = False) -> RunFolder:
+def run(
+    recipe_path: Path, overrides: Sequence[str] = (), *, out: Path | None = None, resume: bool = False
+) -> RunFolder:
     """Train what the recipe asks for and return the finished run folder.
 
     Raises:

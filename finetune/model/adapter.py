@@ -70,8 +70,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
+def save_adapter(model: torch.nn.Module, folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors, the PEFT format."""
+    assert isinstance(model, PeftModel)
     model.save_pretrained(str(folder), save_embedding_layers=False)
     # PEFT stores the targets as a set, whose order differs from run to run.
     config_file = folder / "adapter_config.json"
@@ -89,15 +90,18 @@ def _load_weights(model: PeftModel, folder: Path, plan: AdapterPlan) -> None:
     saved = json.loads(config_file.read_text())
     wanted = METHODS[plan.method](plan).to_dict()
     problems = [
-        Problem("adapter.from", f"{folder} has {key} {_shown(saved.get(key))}, the recipe asks for {_shown(wanted[key])}")
+        Problem(
+            "adapter.from", f"{folder} has {key} {_shown(saved.get(key))}, the recipe asks for {_shown(wanted[key])}"
+        )
         for key in ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora")
         if _shown(saved.get(key)) != _shown(wanted[key])
     ]
     if problems:
         raise UserError(problems)
     result = set_peft_model_state_dict(model, load_file(str(weights_file)))
-    if result.unexpected_keys:
-        message = f"{folder} holds weights this base has no place for: {sorted(result.unexpected_keys)[0]}"
+    unexpected: list[str] = result.unexpected_keys  # type: ignore[attr-defined]
+    if unexpected:
+        message = f"{folder} holds weights this base has no place for: {sorted(unexpected)[0]}"
         raise UserError(Problem("adapter.from", message))
 
 

@@ -28,7 +28,9 @@ def documents_attention(
     lengths = kwargs.get("document_lengths") or [query_BHTD.shape[2]]
     grouped = query_BHTD.shape[1] != key_BGTD.shape[1]
     outputs = [
-        F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=kwargs.get("scaling"), enable_gqa=grouped)
+        F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=kwargs.get("scaling"), enable_gqa=grouped
+        )
         for query, key, value in zip(
             query_BHTD.split(lengths, dim=2),
             key_BGTD.split(lengths, dim=2),

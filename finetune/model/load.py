@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import torch
+import transformers.utils.logging
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,6 +29,7 @@ def load_base(plan: ModelPlan) -> PreTrainedModel:
         UserError: transformers cannot load the folder.
     """
     register_attention()
+    transformers.utils.logging.disable_progress_bar()
     dtype = getattr(torch, plan.dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -51,7 +52,6 @@ def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesCo
     """What transformers needs to quantise while loading; None for unquantised weights."""
     if quantization == "none":
         return None
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -71,7 +71,7 @@ def keep_4bit_weights_unpacked(model: torch.nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def dequantize_like_base(weight: torch.Tensor, *, quantization: str, dtype: torch.dtype) -> torch.Tensor:

@@ -33,7 +33,10 @@ class Stretch:
 
 def lay_end_to_end(examples: Sequence[Example], *, device: str | torch.device = "cpu") -> Stretch:
     """One stretch of all examples, positions starting at 0 in each."""
-    ids, positions, predicting, targets = [], [], [], []
+    ids: list[int] = []
+    positions: list[int] = []
+    predicting: list[int] = []
+    targets: list[int] = []
     for example in examples:
         start = len(ids)
         ids += example.ids

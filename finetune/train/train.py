@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from finetune.data.examples import Example
 from finetune.machine import GIB
 from finetune.model.adapter import keep_adapter_in_float32
 from finetune.plan import TrainPlan
 from finetune.train.checkpoints import find_checkpoints, step_of
+from finetune.train.stop import stop_on_signal
 from finetune.train.trainer import autocast, make_trainer, mean_loss
 from finetune.train.watch import Watch, draw_loss_curve, read_metrics
 
@@ -36,7 +37,7 @@ class TrainResult:
 
 def train(
     plan: TrainPlan,
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     *,
     examples: Sequence[Example],
@@ -58,13 +59,17 @@ def train(
         plan,
         folder / "metrics.jsonl",
         first_step=step_of(checkpoints[-1]) if checkpoints else 0,
-        passes_of=lambda: (trainer.step_tokens, trainer.step_supervised),
+        step_counts=lambda: (trainer.step_tokens, trainer.step_supervised),
     )
     trainer.add_callback(watch)
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
-    finally:
-        watch.close()
+    with stop_on_signal() as stop:
+        trainer.add_callback(stop)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        finally:
+            watch.close()
+    if stop.signal_number and trainer.state.global_step < plan.steps:
+        raise stop.interrupted(step=trainer.state.global_step, folder=folder)
     eval_loss = None
     if held_out:
         with autocast(plan.device, plan.dtype):

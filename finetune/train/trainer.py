@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
+from transformers import PreTrainedTokenizerBase, PrinterCallback
+from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 from finetune.data.examples import Example
+from finetune.data.steps import steps_dataset
 from finetune.errors import NumericsError, Problem
 from finetune.layout import cut_into_passes, lay_out_steps
 from finetune.model.adapter import save_adapter
@@ -28,16 +28,21 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 class StepTrainer(SFTTrainer):
     """SFTTrainer whose batch is one optimizer step: `examples`, the data; `plan`, how a step becomes passes."""
 
-    def __init__(self, *, plan: TrainPlan, examples: Sequence[Example], held_out: Sequence[Example], **kwargs: Any) -> None:
+    def __init__(
+        self, *, plan: TrainPlan, examples: Sequence[Example], held_out: Sequence[Example], **kwargs: Any
+    ) -> None:
         self.plan = plan
         self.examples = examples
         self.held_out = held_out
+        self.adapted_model = kwargs["model"]
         self.step_tokens = 0
         self.step_supervised = 0
         super().__init__(**kwargs)
 
-    def training_step(self, model: torch.nn.Module, inputs: list[int], num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Gradients of the step's loss: the mean over all supervised tokens of the step, however many passes it takes.
+
+        `inputs` are the numbers of the step's examples.
 
         Raises:
             NumericsError: the loss of a pass is not finite; nothing was updated.
@@ -60,7 +65,7 @@ class StepTrainer(SFTTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean loss over all supervised tokens of the held-out examples."""
         with self.compute_loss_context_manager():
-            loss = mean_loss(self.model, self.held_out, tokens_per_pass=self.plan.tokens_per_pass)
+            loss = mean_loss(self.adapted_model, self.held_out, tokens_per_pass=self.plan.tokens_per_pass)
         metrics = {"eval_loss": loss}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -68,14 +73,14 @@ class StepTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         write_checkpoint(
-            Path(self.args.output_dir),
+            Path(str(self.args.output_dir)),
             step=self.state.global_step,
             keep=self.plan.keep_checkpoints,
             write=self._write_checkpoint_files,
         )
 
     def _write_checkpoint_files(self, folder: Path) -> None:
-        save_adapter(self.model, folder)
+        save_adapter(self.adapted_model, folder)
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
@@ -94,7 +99,7 @@ class StepTrainer(SFTTrainer):
 def make_trainer(
     plan: TrainPlan,
     *,
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     held_out: Sequence[Example],
@@ -102,17 +107,19 @@ def make_trainer(
 ) -> StepTrainer:
     """A trainer whose data is the plan's steps in order, so that resuming is skipping."""
     steps = lay_out_steps(len(examples), batch_size=plan.batch_size, steps=plan.steps, seed=plan.seed)
-    return StepTrainer(
+    trainer = StepTrainer(
         plan=plan,
         examples=examples,
         held_out=held_out,
         model=model,
         args=_arguments(plan, folder, has_eval=bool(held_out)),
-        train_dataset=Dataset.from_dict({"step": steps, "labels": steps}),
-        eval_dataset=Dataset.from_dict({"step": [[0]], "labels": [[0]]}) if held_out else None,
+        train_dataset=steps_dataset(steps),
+        eval_dataset=steps_dataset([[0]]) if held_out else None,
         data_collator=_only_step,
         processing_class=tokenizer,
     )
+    trainer.remove_callback(PrinterCallback)  # prints every log line to stdout, which is for answers
+    return trainer
 
 
 def mean_loss(model: torch.nn.Module, examples: Sequence[Example], *, tokens_per_pass: int) -> float:
@@ -187,4 +194,3 @@ def _arguments(plan: TrainPlan, folder: Path, *, has_eval: bool) -> SFTConfig:
         eval_steps=plan.evaluate_every_steps,
         dataloader_pin_memory=False,
     )
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,12 +17,14 @@ from finetune.plan import TrainPlan
 
 
 class Watch(TrainerCallback):
-    """Writes metrics.jsonl and shows progress; `count_step` tells it what the step that is logged next held."""
+    """Writes metrics.jsonl and shows progress; `step_counts` tells the last step's (tokens, supervised tokens)."""
 
-    def __init__(self, plan: TrainPlan, metrics_file: Path, *, first_step: int, passes_of: Any) -> None:
+    def __init__(
+        self, plan: TrainPlan, metrics_file: Path, *, first_step: int, step_counts: Callable[[], tuple[int, int]]
+    ) -> None:
         self.plan = plan
         self.metrics_file = metrics_file
-        self.trainer_tokens = passes_of
+        self.step_counts = step_counts
         self.tokens = 0
         self.supervised_tokens = 0
         self.seconds = 0.0
@@ -44,7 +47,7 @@ class Watch(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if "loss" in logs:
-            tokens, supervised = self.trainer_tokens()
+            tokens, supervised = self.step_counts()
             self.tokens += tokens
             self.supervised_tokens += supervised
             self._bar.advance(state.global_step, logs["loss"], logs["learning_rate"], self.tokens_per_second)

@@ -1,0 +1,323 @@
+"""The command line: one short function per command. Imports nothing heavy; the only door to Typer."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from finetune.errors import FinetuneError, Problem
+from finetune.machine import go_offline, quiet_libraries
+
+app = typer.Typer(
+    name="finetune",
+    help="Parameter-efficient fine-tuning for the LLaMA family: a recipe in, a proven release out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: see `finetune recipes`.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another value for a key, e.g. train.epochs=1.")
+]
+TargetName = Annotated[str, typer.Argument(metavar="TARGET", help="A run, adapter, merged folder, base or hub id.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else on stderr.")]
+Offline = Annotated[bool, typer.Option("--offline", help="No network at all.")]
+TemplateName = Annotated[
+    str | None, typer.Option("--template", metavar="T", help="alpaca, none or a .jinja file, for a base without one.")
+]
+SystemText = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A system turn before the first.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token each time.")]
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Run folder, in place of the recipe's.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Start, or continue from the newest checkpoint.")] = False,
+    as_json: AsJson = False,
+    offline: Offline = False,
+) -> None:
+    """Train what the recipe asks for: recipe -> run folder."""
+    _prepare(offline)
+    from finetune.run import run
+
+    folder = run(recipe, overrides or (), out=out, resume=resume)
+    result = {"run": str(folder.path), **folder.result}
+    _answer(result, as_json, _train_text(result))
+
+
+@app.command()
+def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False, offline: Offline = False) -> None:
+    """Every number a run will use, resolved, before a weight is loaded."""
+    _prepare(offline)
+    from finetune.resolve import resolve
+
+    values = resolve(recipe, overrides or ()).plan.to_json()
+    _answer(values, as_json, _plan_text(values))
+
+
+@app.command()
+def show(
+    recipe: RecipeFile,
+    row: Annotated[
+        str, typer.Option("--row", metavar="N|FILE:LINE", help="Row number from 0, or where it stands.")
+    ] = "0",
+    split: Annotated[str, typer.Option("--split", metavar="train|eval", help="Training or held-out rows.")] = "train",
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """A row as the model sees it: which tokens are learned, special tokens visible."""
+    _prepare(offline=False)
+    from finetune.data.show import find_example, row_text
+    from finetune.resolve import resolve_data
+
+    data = resolve_data(recipe, overrides or ())
+    shown = find_example(data.eval if split == "eval" else data.train, row)
+    _answer(shown.to_json(), as_json, row_text(shown, colour=sys.stdout.isatty()))
+
+
+@app.command()
+def generate(
+    target: TargetName,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", metavar="TEXT", help="One user turn; repeatable.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--file", metavar="FILE", help="One prompt a line.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a template.")] = False,
+    template: TemplateName = None,
+    system: SystemText = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Text from a run, adapter, merged folder or base."""
+    _prepare(offline=False)
+    from finetune.use.generate import generate as complete_prompts
+    from finetune.use.generate import read_prompts
+    from finetune.use.target import load_target
+
+    prompts = read_prompts(prompt or (), file)
+    loaded = load_target(target, template=template)
+    answers = complete_prompts(
+        loaded, prompts, raw=raw, system=system, max_new_tokens=max_new_tokens, temperature=temperature
+    )
+    _answer({"completions": [a.to_json() for a in answers]}, as_json, "\n\n".join(a.text for a in answers))
+
+
+@app.command()
+def chat(
+    target: TargetName,
+    template: TemplateName = None,
+    system: SystemText = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+) -> None:
+    """Talk with a run, adapter, merged folder or base."""
+    _prepare(offline=False)
+    from finetune.use.chat import chat as talk
+    from finetune.use.target import load_target
+
+    talk(load_target(target, template=template), system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+
+
+@app.command()
+def evaluate(
+    target: TargetName,
+    data: Annotated[str, typer.Option("--data", metavar="FILE", help="Rows with right answers.")],
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="TARGET", help="Score this one on the same tokens.")
+    ] = None,
+    template: TemplateName = None,
+    by: Annotated[str | None, typer.Option("--by", metavar="COLUMN", help="Also per value of this column.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Loss, perplexity and exact match of greedy answers."""
+    _prepare(offline=False)
+    from finetune.use.evaluate import evaluate as score
+    from finetune.use.evaluate import evaluation_text
+
+    evaluation = score(target, data=data, against=against, template=template, by=by)
+    _answer(evaluation.to_json(), as_json, evaluation_text(evaluation))
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The release folder to write.")],
+    onto: Annotated[
+        str, typer.Option("--onto", metavar="auto|original|dequantized", help="The weights the adapter is folded into.")
+    ] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Fold a run's adapter into its base; proven before it is published."""
+    _prepare(offline=False)
+    from finetune.release.merge import merge as fold
+    from finetune.release.merge import release_text
+
+    release = fold(run, out=out, onto=onto)
+    _answer(release.to_json(), as_json, release_text(release))
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A release folder.")], as_json: AsJson = False
+) -> None:
+    """Prove a release folder again from its manifest."""
+    _prepare(offline=False)
+    from finetune.release.merge import release_text
+    from finetune.release.verify import verify as prove_again
+
+    release = prove_again(folder)
+    _answer(release.to_json(), as_json, release_text(release))
+
+
+recipes_app = typer.Typer(help="The shipped recipes.", invoke_without_command=True, rich_markup_mode=None)
+app.add_typer(recipes_app, name="recipes")
+
+
+@recipes_app.callback()
+def recipes(context: typer.Context, as_json: AsJson = False) -> None:
+    """The shipped recipes; without a word after it, a list of them."""
+    if context.invoked_subcommand is None:
+        recipes_list(as_json=as_json)
+
+
+@recipes_app.command("list")
+def recipes_list(as_json: AsJson = False) -> None:
+    """Name and summary of every shipped recipe."""
+    from finetune.shipped import list_recipes
+
+    found = list_recipes()
+    text = "\n".join(f"{recipe.name:16} {recipe.summary}" for recipe in found)
+    _answer({"recipes": [{"name": r.name, "summary": r.summary} for r in found]}, as_json, text)
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME")], as_json: AsJson = False) -> None:
+    """The text of a shipped recipe."""
+    from finetune.shipped import show_recipe
+
+    text = show_recipe(name)
+    _answer({"name": name, "text": text}, as_json, text.rstrip("\n"))
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where to copy it.")] = Path("."),
+    as_json: AsJson = False,
+) -> None:
+    """Copy a shipped recipe and its data."""
+    from finetune.shipped import copy_recipe
+
+    files = [str(path) for path in copy_recipe(name, to)]
+    _answer({"files": files}, as_json, "\n".join(files))
+
+
+@app.command()
+def schema() -> None:
+    """JSON Schema of the recipe, for editors."""
+    from finetune.recipe import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """One line per capability of this machine, with the cure where one is missing."""
+    from finetune.doctor import examine
+
+    findings = examine()
+    lines = [
+        f"{'ok  ' if f.ok else 'no  '} {f.name:18} {f.found}" + (f" -> {f.cure}" if f.cure else "") for f in findings
+    ]
+    _answer({"findings": [vars(finding) for finding in findings]}, as_json, "\n".join(lines))
+
+
+def main() -> None:
+    """Run the command line; every way it can end is one of the documented exit codes."""
+    try:
+        app()
+    except FinetuneError as error:
+        _report(error)
+        raise SystemExit(error.code) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise SystemExit(130) from None
+    except MemoryError:
+        typer.echo("out of memory; lower train.tokens_per_pass or set train.recompute: all", err=True)
+        raise SystemExit(5) from None
+    except Exception:
+        traceback.print_exc()
+        typer.echo("This is a bug in finetune. Please report it with the lines above and your recipe.", err=True)
+        raise SystemExit(1) from None
+
+
+def _prepare(offline: bool) -> None:
+    """Before any library is imported: no telemetry, no chatter, and no network if asked."""
+    quiet_libraries()
+    if offline:
+        go_offline()
+
+
+def _answer(values: Mapping[str, Any], as_json: bool, text: str) -> None:
+    typer.echo(json.dumps(values, ensure_ascii=False) if as_json else text)
+
+
+def _report(error: FinetuneError) -> None:
+    for problem in error.problems:
+        typer.echo(str(problem), err=True)
+    if len(error.problems) > 1:
+        typer.echo(f"{len(error.problems)} problems", err=True)
+    if "--json" in sys.argv:
+        typer.echo(json.dumps({"error": {"code": error.code, "problems": [_problem(p) for p in error.problems]}}))
+
+
+def _problem(problem: Problem) -> dict[str, str]:
+    return {"where": problem.where, "message": problem.message}
+
+
+def _train_text(result: Mapping[str, Any]) -> str:
+    held_out = "" if result["eval_loss"] is None else f", held-out loss {result['eval_loss']:.4f}"
+    run = result["run"]
+    return (
+        f"{result['steps']} steps, {result['examples']} examples, {result['supervised_tokens']:,} supervised tokens\n"
+        f"training loss {result['train_loss']:.4f} (last 20 steps){held_out}\n"
+        f"{result['seconds']:.0f} s, {result['tokens_per_second']:,.0f} tokens/s, "
+        f"peak {result['peak_memory_gib']:.2f} GiB\n"
+        f"{run}/adapter loads with plain PEFT; the loss curve is {run}/loss.png\n"
+        f"next: finetune chat {run}, or finetune merge {run} --out releases/{Path(run).name}"
+    )
+
+
+def _plan_text(values: Mapping[str, Any]) -> str:
+    defaults = set(values["defaults"])
+    estimated = set(values["estimated"])
+    numbers = [
+        "steps", "examples", "eval_examples", "tokens", "supervised_tokens", "base_parameters", "trainable_parameters",
+        "tokens_per_pass", "passes_per_step", "peak_memory_gib", "disk_gib",
+    ]  # fmt: skip
+    lines = [f"{key:22} {_number(values[key])}{'  (estimated)' if key in estimated else ''}" for key in numbers]
+    dropped = ", ".join(f"{count} {reason}" for reason, count in values["dropped"].items()) or "none"
+    lines += [f"{'rows dropped':22} {dropped}", ""]
+    lines += [
+        f"{key:28} {json.dumps(value, ensure_ascii=False)}{'  (default)' if key in defaults else ''}"
+        for key, value in values["settings"].items()
+    ]
+    return "\n".join(lines)
+
+
+def _number(value: Any) -> str:
+    return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"

@@ -1,0 +1,58 @@
+"""What all tests share: the real data's folder, and tiny bases made on the spot."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from finetune.machine import quiet_libraries
+
+quiet_libraries()
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+POCKET = CHECKOUT / "finetune" / "assets" / "pocket-llama"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data, or a visible skip where it is not there."""
+    folder = Path(os.environ.get("FINETUNE_SHARED", CHECKOUT.parent / "shared")) / "data"
+    if not folder.is_dir():
+        pytest.skip(f"the real data is not at {folder}; set FINETUNE_SHARED")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaMA with two layers, grouped-query attention and pocket-llama's tokenizer, stored in float32."""
+    return make_tiny_base(tmp_path_factory.mktemp("base") / "tiny", dtype="float32")
+
+
+def make_tiny_base(folder: Path, *, dtype: str, tied: bool = False) -> Path:
+    """Write a random two-layer LLaMA in Hugging Face format."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(POCKET)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.1,
+    )
+    model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
