@@ -56,3 +56,43 @@ def make_tiny_base(folder: Path, *, dtype: str, tied: bool = False) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_recipe(folder: Path, base: Path | str, rows: list[dict], **settings: object) -> Path:
+    """A recipe file and its data in `folder`; settings are "section__key" keywords."""
+    import json
+
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe: dict = {
+        "version": 1,
+        "name": "tiny",
+        "model": {"base": str(base), "quantization": "none", "dtype": "float32"},
+        "adapter": {"rank": 4, "alpha": 8},
+        "data": {"train": str(data)},
+        "train": {"batch_size": 4, "max_steps": 4, "learning_rate": 1e-2},
+        "output": {"folder": str(folder / "run")},
+    }
+    for key, value in settings.items():
+        section, _, name = key.partition("__")
+        if name:
+            recipe.setdefault(section, {})[name] = value
+        else:
+            recipe[section] = value
+    path = folder / "recipe.json"
+    path.write_text(json.dumps(recipe))
+    return path
+
+
+def alpaca_rows(count: int) -> list[dict]:
+    """Rows of clearly different lengths, so that masks and documents are unequal."""
+    words = "the red fox sells seven small pears in the market of Brundel every cold morning".split()
+    return [
+        {
+            "instruction": " ".join(words[: 2 + index % 7]) + f" {index}?",
+            "input": "" if index % 3 else " ".join(words[index % 5 :]),
+            "output": " ".join(words[: 1 + (index * 5) % 11]),
+        }
+        for index in range(count)
+    ]
