@@ -31,6 +31,9 @@ LIBRARIES = (
 )
 
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """A run's folder; what is in it is listed in the README."""
@@ -80,26 +83,45 @@ def open_run_folder(
     """
     folder = RunFolder(plan.run_folder)
     resolved = plan.to_json()
-    if folder.path.exists() and any(folder.path.iterdir()):
+    if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
         _refuse_other_content(folder, resolved, resume=resume)
         return folder
+    _refuse_no_adapter(plan)
+    try:
+        _create(folder, resolved, recipe_path, _lock(recipe_path, overrides, base, data, plan))
+    except (FileExistsError, NotADirectoryError, PermissionError, ValueError) as error:
+        message = f"the run folder cannot be written ({error}); name another with --out"
+        raise UserError(Problem(str(folder.path), message)) from error
+    return folder
+
+
+def _create(folder: RunFolder, plan: dict[str, Any], recipe_path: Path, lock: dict[str, Any]) -> None:
     staging = folder.path.with_name(f".{folder.path.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     shutil.copyfile(recipe_path, staging / "recipe.yaml")
-    write_json(staging / "plan.json", resolved)
-    write_json(staging / "lock.json", _lock(recipe_path, overrides, base, data, plan))
+    write_json(staging / "plan.json", plan)
+    write_json(staging / "lock.json", lock)
     if folder.path.exists():
         folder.path.rmdir()
     staging.rename(folder.path)
-    return folder
+
+
+def _refuse_no_adapter(plan: Plan) -> None:
+    """Before anything is written; whether the adapter fits the recipe is seen when it is loaded."""
+    start = plan.adapter.start_from
+    missing = [name for name in ADAPTER_FILES if start is not None and not (start / name).is_file()]
+    if missing:
+        message = f"{start} is no adapter folder: {', '.join(missing)} is missing; name the adapter/ of a finished run"
+        raise UserError(Problem("adapter.from", message))
 
 
 def _refuse_other_content(folder: RunFolder, plan: dict[str, Any], *, resume: bool) -> None:
     where = str(folder.path)
     if not (folder.path / "plan.json").is_file():
-        raise UserError(Problem(where, "this folder is not empty and holds no run; name another with --out"))
-    before = folder.plan
+        what = "this folder is not empty and holds no run" if folder.path.is_dir() else "is a file"
+        raise UserError(Problem(where, f"{what}; name another folder with --out"))
+    before = _read_plan(folder)
     changed = [key for key in plan["settings"] if before["settings"].get(key) != plan["settings"][key]]
     changed += [key for key in ("template_sha256", "tokens", "supervised_tokens") if before[key] != plan[key]]
     if changed:
@@ -110,6 +132,17 @@ def _refuse_other_content(folder: RunFolder, plan: dict[str, Any], *, resume: bo
     if not resume:
         state = "a finished" if folder.is_finished else "an unfinished"
         raise UserError(Problem(where, f"holds {state} run of this recipe; add --resume, or name another with --out"))
+
+
+def _read_plan(folder: RunFolder) -> dict[str, Any]:
+    try:
+        plan = folder.plan
+        known = {"settings", "template_sha256", "tokens", "supervised_tokens"} <= plan.keys()
+    except (ValueError, AttributeError):
+        known = False
+    if not known:
+        raise UserError(Problem(str(folder.path), "its plan.json is none of ours; name another folder with --out"))
+    return plan
 
 
 def write_tokenizer(folder: Path, tokenizer_folder: Path, *, template_source: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -22,6 +24,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 # Tokenizer classes that transformers loads from tokenizer.json as it is; all others are rebuilt by AutoTokenizer.
 PLAIN_TOKENIZER_CLASSES = {"PreTrainedTokenizerFast", "TokenizersBackend"}
 BYTES_PER_ELEMENT = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
+BYTES_PER_ELEMENT |= {"I16": 2, "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 @dataclass(frozen=True)
@@ -122,11 +125,14 @@ def find_base_folder(base: str, *, revision: str | None = None) -> Path:
     if base.startswith("builtin:"):
         folder = ASSETS / base.removeprefix("builtin:")
         known = sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
-        if folder.name not in known:
-            raise UserError(Problem("model.base", f"no builtin base {base!r}; there are: builtin:{', '.join(known)}"))
+        if base.removeprefix("builtin:") not in known:
+            there = ", ".join(f"builtin:{name}" for name in known)
+            raise UserError(Problem("model.base", f"no builtin base {base!r}; there are: {there}"))
         return folder
     path = Path(base).expanduser()
     if base.startswith((".", "/", "~")) or path.exists():
+        if not path.exists():
+            raise UserError(Problem(base, "no such folder; correct model.base, or give a hub id or builtin:NAME"))
         if not (path / "config.json").is_file():
             raise UserError(Problem(base, "not a base folder: it has no config.json; give a folder or a hub id"))
         return path
@@ -167,15 +173,23 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in name order."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
+        names = _shard_names(index)
     else:
         names = ["model.safetensors"]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         others = sorted(path.name for path in folder.glob("*.bin"))
         hint = f" ({others[0]} is a pickle, which is never opened)" if others else ""
-        raise UserError(Problem(str(folder), f"no weights: {', '.join(missing)} is missing{hint}"))
+        cure = "; put the base's .safetensors files there, or name another base"
+        raise UserError(Problem(str(folder), f"no weights: {', '.join(missing)} is missing{hint}{cure}"))
     return [folder / name for name in names]
+
+
+def _shard_names(index: Path) -> list[str]:
+    shard_of = _read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise UserError(Problem(str(index), "holds no weight_map, so the shards are not known; fetch the file again"))
+    return sorted({str(name) for name in shard_of.values()})
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -235,11 +249,12 @@ def _plain_tokenizer_folder(folder: Path) -> Path:
 
 def _convert_in_child(folder: Path, target: Path) -> None:
     # In a child, so that this process never imports torch; renamed, so that a killed conversion leaves no half cache.
-    staging = target.with_name(f"{target.name}.{id(target)}.partial")
+    staging = target.with_name(f"{target.name}.{os.getpid()}.partial")
     command = [sys.executable, "-c", "import sys, pathlib, finetune.base as base; base.convert_tokenizer("]
     command[-1] += "pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))"
     answer = subprocess.run([*command, str(folder), str(staging)], capture_output=True, text=True, check=False)
     if answer.returncode:
+        shutil.rmtree(staging, ignore_errors=True)
         reason = answer.stderr.strip().splitlines()[-1:] or ["no reason given"]
         raise UserError(Problem(str(folder), f"the tokenizer cannot be converted: {reason[0]}"))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -251,6 +266,10 @@ def _facts(
     base: str, revision: str | None, folder: Path, config: dict[str, Any], tensors: list[TensorEntry]
 ) -> BaseFacts:
     text = config.get("text_config", config)
+    missing = [key for key in ("num_hidden_layers", "hidden_size", "vocab_size") if not isinstance(text.get(key), int)]
+    if missing:
+        message = f"not the config of a language model: {', '.join(missing)} is missing; name another base"
+        raise UserError(Problem(str(folder / "config.json"), message))
     dtypes = sorted({tensor.dtype for tensor in tensors}, key=lambda dtype: -sum(t.dtype == dtype for t in tensors))
     return BaseFacts(
         base=base,
@@ -286,11 +305,16 @@ def _safetensors_header(file: Path) -> dict[str, Any]:
             if length > file.stat().st_size:
                 raise ValueError("the header is longer than the file")
             header = json.loads(stream.read(length))
+            unknown = {entry["dtype"] for key, entry in header.items() if key != "__metadata__"} - set(
+                BYTES_PER_ELEMENT
+            )
+            if unknown:
+                raise ValueError(f"unknown element type {', '.join(sorted(unknown))}")
             end = 8 + length + max((entry["data_offsets"][1] for k, entry in header.items() if k != "__metadata__"))
             if end != file.stat().st_size:
                 raise ValueError(f"{end} bytes expected, {file.stat().st_size} found")
             return header
-    except (struct.error, ValueError, KeyError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(Problem(str(file), f"damaged or incomplete weights ({error}); fetch the file again")) from error
 
 
@@ -298,9 +322,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(Problem(str(path.parent), f"not a complete base: {path.name} is missing"))
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(Problem(str(path), f"invalid JSON: {error}")) from error
+        raise UserError(Problem(str(path), f"invalid JSON: {error}; fetch the file again")) from error
+    if not isinstance(values, dict):
+        raise UserError(Problem(str(path), f"must hold a JSON object, got {type(values).__name__}; fetch it again"))
+    return values
 
 
 def _token_text(token: Any) -> str | None:

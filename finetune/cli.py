@@ -74,7 +74,9 @@ def show(
     row: Annotated[
         str, typer.Option("--row", metavar="N|FILE:LINE", help="Row number from 0, or where it stands.")
     ] = "0",
-    split: Annotated[str, typer.Option("--split", metavar="train|eval", help="Training or held-out rows.")] = "train",
+    split: Annotated[
+        str | None, typer.Option("--split", metavar="train|eval", help="Only a training or only a held-out row.")
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -84,7 +86,7 @@ def show(
     from finetune.resolve import resolve_data
 
     data = resolve_data(recipe, overrides or ())
-    shown = find_example(data.eval if split == "eval" else data.train, row)
+    shown = find_example(data, row, split=split)
     _answer(shown.to_json(), as_json, row_text(shown, colour=sys.stdout.isatty()))
 
 

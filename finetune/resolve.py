@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.base import Base, read_base
-from finetune.data.prepare import PreparedData, prepare_data
+from finetune.data.prepare import PreparedData, find_data_problems, prepare_data
+from finetune.errors import UserError
 from finetune.machine import probe_machine
 from finetune.plan import Plan, make_plan
 from finetune.recipe import Recipe, load_recipe
@@ -27,16 +28,22 @@ def resolve(recipe_path: Path, overrides: Sequence[str] = (), *, out: Path | Non
     """Recipe, base facts, data and plan; `out` is a run folder in place of the recipe's.
 
     Raises:
-        UserError: all problems of the first of recipe, base, data and plan that has any.
+        UserError: all problems of the first of recipe, base and data, and plan that has any.
     """
     recipe = load_recipe(recipe_path, overrides)
-    base = read_base(recipe.model.base, revision=recipe.model.revision)
-    data = prepare_data(recipe.data, base, seed=recipe.seed)
+    base, data = _read_base_and_data(recipe)
     plan = make_plan(recipe, probe_machine(), base.facts, data.facts)
     return Resolved(recipe, base, data, replace(plan, run_folder=out) if out else plan)
 
 
 def resolve_data(recipe_path: Path, overrides: Sequence[str] = ()) -> PreparedData:
     """The examples alone, without asking whether the machine can train on them."""
-    recipe = load_recipe(recipe_path, overrides)
-    return prepare_data(recipe.data, read_base(recipe.model.base, revision=recipe.model.revision), seed=recipe.seed)
+    return _read_base_and_data(load_recipe(recipe_path, overrides))[1]
+
+
+def _read_base_and_data(recipe: Recipe) -> tuple[Base, PreparedData]:
+    try:
+        base = read_base(recipe.model.base, revision=recipe.model.revision)
+    except UserError as error:
+        raise UserError([*error.problems, *find_data_problems(recipe.data)]) from error
+    return base, prepare_data(recipe.data, base, seed=recipe.seed)

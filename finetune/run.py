@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.artifact import RunFolder, open_run_folder
-from finetune.model.adapter import attach_adapter, save_adapter
-from finetune.model.load import load_base, load_tokenizer
 from finetune.resolve import resolve
-from finetune.train.train import train
 
 
 def run(
@@ -24,6 +21,11 @@ def run(
     folder = open_run_folder(plan, recipe_path, overrides, base, recipe.data, resume=resume)
     if folder.is_finished:
         return folder
+    # Only now torch and the libraries around it: what is wrong with the input is said before their seconds of import.
+    from finetune.model.adapter import attach_adapter, save_adapter
+    from finetune.model.load import load_base, load_tokenizer
+    from finetune.train.train import train
+
     model = attach_adapter(load_base(plan.model), plan.adapter, base=plan.model.base)
     tokenizer = load_tokenizer(base.tokenizer_folder)
     result = train(plan.train, model, tokenizer, examples=data.train, held_out=data.eval, folder=folder.path)

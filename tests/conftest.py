@@ -87,7 +87,8 @@ def write_recipe(folder: Path, base: Path | str, rows: list[dict], **settings: o
 
 def alpaca_rows(count: int) -> list[dict]:
     """Rows of clearly different lengths, so that masks and documents are unequal."""
-    words = "the red fox sells seven small pears in the market of Brundel every cold morning".split()
+    text = "the red fox sells seven small pears in the market of Brundel every cold morning"
+    words = text.split()
     return [
         {
             "instruction": " ".join(words[: 2 + index % 7]) + f" {index}?",

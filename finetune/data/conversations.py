@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from finetune.errors import Problem, raise_problems
 
 INPUT_HEADING = "\n\n### Input:\n"
 ROLES = ("system", "user", "assistant")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write one as an escape; no tokenizer can read it
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,14 @@ def detect_format(rows: Sequence[Row]) -> str:
             return name
     known = "; ".join(f"{name}: {' + '.join(needed)}" for name, needed in COLUMNS.items())
     seen = ", ".join(sorted(columns)) or "none"
-    raise_problems([Problem(rows[0].where, f"no known format has these columns: {seen}. Known: {known}")])
+    raise_problems([Problem(rows[0].where, f"no known format has these columns: {seen}; rename them ({known})")])
     raise AssertionError("unreachable")
 
 
-def read_conversations(rows: Sequence[Row], *, format: str, system: str | None) -> list[Conversation]:
-    """One conversation a row; `system` is put before those that have no system turn.
-
-    Raises:
-        UserError: every row that does not fit the format, with file:line, all at once.
-    """
+def read_conversations(
+    rows: Sequence[Row], *, format: str, system: str | None
+) -> tuple[list[Conversation], list[Problem]]:
+    """One conversation a row, and every row that does not fit the format; `system` goes before turns without one."""
     conversations: list[Conversation] = []
     problems: list[Problem] = []
     for row in rows:
@@ -70,8 +70,7 @@ def read_conversations(rows: Sequence[Row], *, format: str, system: str | None) 
         if system is not None and turns[0].role != "system":
             turns = [Turn("system", system), *turns]
         conversations.append(Conversation(tuple(turns), row))
-    raise_problems(problems)
-    return conversations
+    return conversations, problems
 
 
 def alpaca_user_text(instruction: str, input_text: str) -> str:
@@ -121,6 +120,8 @@ def _text(values: dict[str, Any], column: str, *, default: str | None = None, pr
         raise RowProblem(f"{prefix}{column}: this column is missing; the row has: {', '.join(sorted(values))}")
     if not isinstance(value, str):
         raise RowProblem(f"{prefix}{column}: must be text, got {_kind(value)}")
+    if half := LONE_SURROGATE.search(value):
+        raise RowProblem(f"{prefix}{column}: holds {half[0]!r}, half of a character; write the whole one, or remove it")
     return value
 
 

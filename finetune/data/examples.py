@@ -11,7 +11,7 @@ from finetune.base import Base
 from finetune.data.conversations import Conversation
 from finetune.data.sources import Row
 from finetune.data.template import Rendered, Template, TemplateProblem
-from finetune.errors import Problem, raise_problems
+from finetune.errors import Problem
 
 NOT_LEARNED = -100
 Span = tuple[int, int]
@@ -76,12 +76,11 @@ class Encoder:
 
 def make_examples(
     conversations: Sequence[Conversation], template: Template, encoder: Encoder, *, loss_on: str
-) -> list[Example]:
-    """One example a conversation, in order.
+) -> tuple[list[Example], list[Problem]]:
+    """One example a conversation, in order, and every row that cannot become one.
 
-    Raises:
-        UserError: every row that the template refuses, whose text holds a special token, or whose answer does not end
-            in one (the model would never learn to stop); with file:line, all at once.
+    Such a row is refused by the template, its text holds a special token, or its answer does not end in one (the model
+    would never learn to stop).
     """
     rendered: list[tuple[Conversation, Rendered]] = []
     problems: list[Problem] = []
@@ -100,8 +99,7 @@ def make_examples(
             message = f"template {template.name}: the answer does not end in a special token, so the model would never "
             problems.append(Problem(conversation.row.where, message + "stop; end the assistant's turn with eos_token"))
         examples.append(example)
-    raise_problems(problems)
-    return examples
+    return examples, problems
 
 
 def _example(conversation: Conversation, text: str, spans: tuple[Span, ...], encoding: tokenizers.Encoding) -> Example:
@@ -119,7 +117,7 @@ def _overlaps(offsets: Iterable[Span], spans: Sequence[Span]) -> list[bool]:
 
 def _learned_spans(rendered: Rendered, loss_on: str) -> tuple[Span, ...]:
     if loss_on == "everything":
-        return ((0, len(rendered.text)),)
+        return ((0, rendered.spans[-1][1]),)  # what follows the last end token nobody has to say
     return rendered.spans if loss_on == "assistant" else rendered.spans[-1:]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.data.examples import NOT_LEARNED, Example
+from finetune.data.prepare import PreparedData
 from finetune.errors import Problem, UserError
 
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
@@ -28,21 +29,38 @@ class ShownRow:
         }
 
 
-def find_example(examples: list[Example], row: str) -> ShownRow:
-    """The example of a row number (from 0) or of file:line.
+def find_example(data: PreparedData, row: str, *, split: str | None = None) -> ShownRow:
+    """The example of a row's number or of file:line; `split` says that it must be a training or a held-out one.
+
+    Numbers count the records of data.train (with split eval: of its own file, if it has one) from 0 as they were read,
+    before any is dropped or held out.
 
     Raises:
-        UserError: there is no such row among the examples.
+        UserError: there is no such row, it was dropped, or it is in the other split.
     """
-    if row.isdigit():
-        if int(row) < len(examples):
-            return ShownRow(examples[int(row)])
-        raise UserError(Problem("--row", f"{row} is too large; there are {len(examples)} rows, counted from 0"))
-    found = next((example for example in examples if example.row.where == row), None)
-    if found is None:
-        first, last = examples[0].row.where, examples[-1].row.where
-        raise UserError(Problem("--row", f"no row stands at {row}; rows stand from {first} to {last}"))
-    return ShownRow(found)
+    if split not in (None, "train", "eval"):
+        raise UserError(Problem("--split", f"{split!r} is not possible; write train or eval"))
+    where = _numbered(data, int(row), split) if row.isdecimal() else row
+    splits = {"train": data.train, "eval": data.eval}
+    for name, examples in splits.items():
+        found = next((example for example in examples if example.row.where == where), None)
+        if found is not None and split in (None, name):
+            return ShownRow(found)
+        if found is not None:
+            raise UserError(Problem("--row", f"{where} is in the other split; write --split {name}"))
+    for part in data.parts:
+        if where in part.dropped:
+            raise UserError(Problem("--row", f"{where} was dropped: {part.dropped[where]}"))
+    first, last = data.parts[0].rows[0].where, data.parts[-1].rows[-1].where
+    raise UserError(Problem("--row", f"no row stands at {where}; rows stand from {first} to {last}"))
+
+
+def _numbered(data: PreparedData, number: int, split: str | None) -> str:
+    part = data.parts[-1 if split == "eval" else 0]
+    if number < len(part.rows):
+        return part.rows[number].where
+    message = f"{number} is too large; {', '.join(part.files)} has {len(part.rows)} rows, counted from 0"
+    raise UserError(Problem("--row", message))
 
 
 def row_text(shown: ShownRow, *, colour: bool) -> str:

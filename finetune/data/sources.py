@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import Problem, UserError, raise_problems
+from finetune.errors import Problem
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,14 @@ class Row:
         return f"{self.file}:{self.line}"
 
 
-def read_rows(paths: Iterable[str]) -> list[Row]:
-    """All rows of the files, in order.
-
-    Raises:
-        UserError: every unreadable file, invalid JSON line and row that is no object, with file:line, all at once.
-    """
+def read_rows(paths: Iterable[str]) -> tuple[list[Row], list[Problem]]:
+    """All rows of the files, in order, and every unreadable file, invalid JSON line and row that is no object."""
     rows: list[Row] = []
     problems: list[Problem] = []
     for path in paths:
         for found in _read_file(Path(path).expanduser(), path):
             (rows if isinstance(found, Row) else problems).append(found)  # type: ignore[arg-type]
-    raise_problems(problems)
-    return rows
+    return rows, problems
 
 
 def _read_file(path: Path, name: str) -> Iterator[Row | Problem]:
@@ -45,7 +40,8 @@ def _read_file(path: Path, name: str) -> Iterator[Row | Problem]:
         return
     if not path.is_file():
         nearby = ", ".join(sorted(other.name for other in path.parent.glob("*.json*"))[:5])
-        yield Problem(name, "no such data file" + (f"; in the same folder: {nearby}" if nearby else ""))
+        hint = f"; in the same folder: {nearby}" if nearby else ""
+        yield Problem(name, f"no such data file; correct the path, which starts at the current folder{hint}")
         return
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -55,7 +51,9 @@ def _read_file(path: Path, name: str) -> Iterator[Row | Problem]:
     if not text.strip():
         yield Problem(name, "the file is empty; it needs at least one row")
         return
-    entries = _array_entries(text) if text.lstrip().startswith("[") else _line_entries(text)
+    entries = list(_array_entries(text) if text.lstrip().startswith("[") else _line_entries(text))
+    if not entries:
+        yield Problem(name, "holds no rows; it needs at least one")
     for line, entry in entries:
         if isinstance(entry, ValueError):
             yield Problem(f"{name}:{line}", f"invalid JSON: {entry}")
@@ -70,8 +68,8 @@ def _line_entries(text: str) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                yield number, ValueError(f"{error.msg} at column {error.colno}")
+            except (ValueError, RecursionError) as error:
+                yield number, _reason(error)
 
 
 def _array_entries(text: str) -> Iterator[tuple[int, Any]]:
@@ -79,22 +77,27 @@ def _array_entries(text: str) -> Iterator[tuple[int, Any]]:
     decoder = json.JSONDecoder()
     position = text.index("[") + 1
     line, counted = 1, 0
+    after_comma = False
     while True:
         position = _skip(text, position, " \t\r\n")
         line, counted = line + text.count("\n", counted, position), position
         if text[position : position + 1] == "]":
+            if after_comma:
+                yield line, ValueError("a comma stands before the closing ]; remove it")
             rest = text[position + 1 :].strip()
             if rest:
                 yield line, ValueError(f"text after the end of the array: {rest[:20]!r}")
             return
         try:
             entry, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            yield error.lineno, ValueError(f"{error.msg} at column {error.colno}; the rest of the file was not read")
+        except (ValueError, RecursionError) as error:
+            at = error.lineno if isinstance(error, json.JSONDecodeError) else line
+            yield at, ValueError(f"{_reason(error)}; the rest of the file was not read")
             return
         yield line, entry
         position = _skip(text, position, " \t\r\n")
-        if text[position : position + 1] == ",":
+        after_comma = text[position : position + 1] == ","
+        if after_comma:
             position += 1
         elif text[position : position + 1] != "]":
             at = line + text.count("\n", counted, position)
@@ -108,6 +111,7 @@ def _skip(text: str, position: int, characters: str) -> int:
     return position
 
 
-def no_rows(paths: Iterable[str]) -> UserError:
-    """The error for files that hold no row at all."""
-    return UserError(Problem(", ".join(paths), "holds no rows; a run needs at least one"))
+def _reason(error: ValueError | RecursionError) -> ValueError:
+    if isinstance(error, json.JSONDecodeError):
+        return ValueError(f"{error.msg} at column {error.colno}")
+    return ValueError("nested too deep" if isinstance(error, RecursionError) else str(error))

@@ -67,14 +67,12 @@ class Template:
             TemplateProblem: the template refuses these turns.
         """
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        # A token that the tokenizer lacks is undefined, not None, which a template would write as "None".
+        tokens = {"bos_token": self.bos_token, "eos_token": self.eos_token}
+        known = {name: token for name, token in tokens.items() if token is not None}
         try:
-            return self._compiled.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self.bos_token,
-                eos_token=self.eos_token,
-            )
-        except jinja2.TemplateError as error:
+            return self._compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, **known)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise TemplateProblem(str(error)) from error
 
     def render(self, turns: Sequence[Turn]) -> Rendered:
@@ -112,15 +110,13 @@ def choose_template(name: str, base: Base, *, date: str) -> Template:
     if name == "auto":
         name, source = ("base", base.chat_template) if base.chat_template else ("alpaca", _ours("alpaca"))
     elif name.endswith(".jinja"):
-        if not Path(name).is_file():
-            raise UserError(Problem("data.template", f"no such file: {name}"))
-        source = Path(name).read_text(encoding="utf-8")
+        source = _read_source(Path(name).expanduser())
     else:
         source = _ours(name)
     template = Template(name, source, base.bos_token, base.eos_token, parse_date(date))
     try:
         template.text([Turn("user", "x")], add_generation_prompt=True)
-    except (TemplateProblem, jinja2.TemplateError) as error:
+    except TemplateProblem as error:
         raise UserError(Problem("data.template", f"{name} does not render one user turn: {error}")) from error
     return template
 
@@ -133,6 +129,15 @@ def parse_date(text: str) -> datetime:
         except ValueError:
             continue
     raise UserError(Problem("data.date", f"not a date: {text!r}; write it as 26 Jul 2024 or 2024-07-26"))
+
+
+def _read_source(file: Path) -> str:
+    if not file.is_file():
+        raise UserError(Problem("data.template", f"no such file: {file}"))
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(Problem("data.template", f"{file} is not UTF-8 text at byte {error.start}")) from error
 
 
 def _ours(name: str) -> str:

@@ -73,7 +73,7 @@ def tuned_blocks(weight_OI: torch.Tensor, delta: Delta | None) -> Iterator[tuple
     tuners/lora/dora.py the norm is that of the same sum).
     """
     rows = max(1, ELEMENTS_AT_ONCE // weight_OI.shape[1])
-    a_RI = delta.a_RI.double() if delta else None
+    a_RI = delta.a_RI.double() if delta else weight_OI.new_empty(0)
     for start in range(0, weight_OI.shape[0], rows):
         block = slice(start, min(start + rows, weight_OI.shape[0]))
         tuned = weight_OI[block].double()

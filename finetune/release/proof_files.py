@@ -83,7 +83,7 @@ def prove_text(folder: Path, source: Source) -> list[Proof]:
     return [
         proof("probes whose ids differ", sum(a != b for a, b in zip(ours, theirs, strict=True)), 0),
         proof("probes whose rendering differs", sum(a != b for a, b in zip(texts, rendered, strict=True)), 0),
-        proof("template differs", sha256(written_template.encode()).hexdigest() != trained_template, 0),
+        proof("template differs", int(sha256(written_template.encode()).hexdigest() != trained_template), 0),
         proof("stop tokens that differ", len(stops), 0),
     ]
 

@@ -68,7 +68,9 @@ def generate(
         UserError: the target has no template, a prompt holds a control token or leaves no room to answer; all at once.
     """
     if not prompts:
-        raise UserError(Problem("prompt", "there is nothing to answer; give --prompt TEXT or a --file with a line each"))
+        raise UserError(
+            Problem("prompt", "there is nothing to answer; give --prompt TEXT or a --file with a line each")
+        )
     texts = [raw_text(target, prompt) if raw else user_text(target, prompt, system=system) for prompt in prompts]
     ids = [encoding.ids for encoding in Encoder(target.base).encode(texts)]
     return complete(target, ids, max_new_tokens=max_new_tokens, sampling=sampling)

@@ -1,4 +1,4 @@
-"""Find and load what is to be used: the name of a run, adapter, merged folder or base in; a model ready to speak out."""
+"""Find and load a target: the name of a run, adapter, merged folder or base in; a model ready to speak out."""
 
 from __future__ import annotations
 
@@ -233,7 +233,9 @@ def _base_with_tokenizer_of(base: Base, folder: Path) -> Base:
 def _own_template(base: Base, folder: Path) -> Template | None:
     file = folder / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.is_file() else base.chat_template
-    return source and Template("own", source, base.bos_token, base.eos_token, parse_date(DEFAULT_DATE)) or None
+    if not source:
+        return None
+    return Template("own", source, base.bos_token, base.eos_token, parse_date(DEFAULT_DATE))
 
 
 def _trained_template(target: str, base: Base, run: Path, plan: dict[str, Any]) -> Template:

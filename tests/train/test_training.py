@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -57,9 +58,8 @@ def test_the_first_loss_is_the_bases(tiny_base: Path, tmp_path: Path, dtype: str
 
 def test_one_step_is_the_reference_step(tiny_base: Path, tmp_path: Path) -> None:
     """Ten lines of torch: mean over the step's supervised tokens, clip, AdamW; ours in two passes, unequal masks."""
-    resolved = resolve(
-        write_recipe(tmp_path, tiny_base, alpaca_rows(4), train__max_steps=1, train__tokens_per_pass=110)
-    )
+    settings = {"train__max_steps": 1, "train__tokens_per_pass": 110, "train__warmup": 0}
+    resolved = resolve(write_recipe(tmp_path, tiny_base, alpaca_rows(4), **settings))
     assert resolved.plan.passes_per_step >= 2
     reference = load(resolved)
     optimizer = torch.optim.AdamW(
@@ -71,9 +71,8 @@ def test_one_step_is_the_reference_step(tiny_base: Path, tmp_path: Path) -> None
 
     ours = load(resolved)
     trainer = make_trainer(
-        resolve(write_recipe(tmp_path, tiny_base, alpaca_rows(4), train__max_steps=1, train__tokens_per_pass=110,
-                             train__warmup=0)).plan.train,
-        model=ours, tokenizer=load_tokenizer(tiny_base), examples=resolved.data.train, held_out=[], folder=tmp_path / "t",
+        resolved.plan.train, model=ours, tokenizer=load_tokenizer(tiny_base), examples=resolved.data.train, held_out=[],
+        folder=tmp_path / "t",
     )  # fmt: skip
     trainer.train()
     ours_now = {name: p for name, p in ours.named_parameters() if p.requires_grad}
@@ -197,6 +196,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(
     assert "step 3" in str(caught.value)
     assert "rows.jsonl:" in str(caught.value)
     assert len(losses_of(tmp_path / "run")) == 2
+
+
+def test_a_loss_that_is_not_finite_is_never_logged_as_an_average(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' logging_nan_inf_filter, on by default, would write the mean of the losses before."""
+    monkeypatch.setattr(trainer_file.StepTrainer, "_refuse_non_finite", lambda *_: None)
+    monkeypatch.setattr(trainer_file, "stretch_losses_S", lambda *pair: stretch_losses_S(*pair) * float("nan"))
+    run(write_recipe(tmp_path, tiny_base, alpaca_rows(8), train__max_steps=2))
+    assert all(math.isnan(loss) for loss in losses_of(tmp_path / "run"))
 
 
 def test_a_folder_with_another_run_is_refused(tiny_base: Path, tmp_path: Path) -> None:

@@ -1,0 +1,68 @@
+"""Bases as text sees them: pocket-llama, and real tokenizers beside a weight file that holds next to nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from finetune.base import TOKENIZER_FILES, Base, read_base
+from finetune.data.conversations import Conversation, Turn
+from finetune.data.examples import Encoder, Example, make_examples
+from finetune.data.sources import Row
+from finetune.data.template import Template, choose_template
+
+DATE = "26 Jul 2024"
+
+
+@pytest.fixture(scope="session")
+def pocket() -> Base:
+    return read_base("builtin:pocket-llama")
+
+
+@pytest.fixture(scope="session")
+def alpaca(pocket: Base) -> Template:
+    return choose_template("alpaca", pocket, date=DATE)
+
+
+@pytest.fixture(scope="session")
+def real_base(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
+    """A base that carries one of the real tokenizers, by its folder's name."""
+    known: dict[str, Base] = {}
+
+    def get(name: str) -> Base:
+        if name not in known:
+            known[name] = base_around(shared / "tokenizers" / name, tmp_path_factory.mktemp("base") / name)
+        return known[name]
+
+    return get
+
+
+def base_around(tokenizer: Path, folder: Path, *, vocabulary: int = 200_000) -> Base:
+    """A base with the tokenizer of another folder; its only tensor is one number."""
+    folder.mkdir()
+    config = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 32, "vocab_size": vocabulary}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({"model.embed_tokens.weight": np.zeros((1, 1), np.float32)}, folder / "model.safetensors")
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
+    return read_base(str(folder))
+
+
+def conversation(*texts: str, system: str | None = None, line: int = 1) -> Conversation:
+    """User and assistant in turn, after a system turn if there is one."""
+    turns = [Turn("user" if index % 2 == 0 else "assistant", text) for index, text in enumerate(texts)]
+    before = [Turn("system", system)] if system is not None else []
+    return Conversation((*before, *turns), Row({}, "rows.jsonl", line))
+
+
+def example_of(whole: Conversation, base: Base, template: Template, *, loss_on: str = "assistant") -> Example:
+    (example,), problems = make_examples([whole], template, Encoder(base), loss_on=loss_on)
+    assert not problems
+    return example

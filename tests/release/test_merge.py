@@ -1,0 +1,247 @@
+"""A merge publishes a whole, proven folder or nothing; a release can be verified later, and damage is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from finetune.artifact import RunFolder, read_json, write_json
+from finetune.base import read_tensor_entries, sha256_of
+from finetune.data.template import Template
+from finetune.errors import ProofError, UserError
+from finetune.release import manifest as manifest_file
+from finetune.release import merge as merge_file
+from finetune.release.fresh import Proof
+from finetune.release.manifest import verify
+from finetune.release.merge import choose_onto, merge
+from finetune.release.proof import prove
+from finetune.release.source import read_source
+from finetune.release.weights import plan_shards, write_shards
+from finetune.train.trainer import mean_loss
+from tests.release.runs import random_run
+
+
+def prove_here(pairs: Sequence[tuple[Path, Path]]) -> list[list[Proof]]:
+    """The proofs without a process of their own, which takes seconds; test_proof.py has the real one."""
+    return [prove(folder, run) for folder, run in pairs]
+
+
+@pytest.fixture(autouse=True)
+def _no_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge_file, "prove_in_fresh_process", prove_here)
+    monkeypatch.setattr(manifest_file, "prove_in_fresh_process", prove_here)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    folder = tmp_path_factory.mktemp("run")
+    made = random_run(folder, dtype="bfloat16")
+    (folder / "base" / "LICENSE").write_text("the licence of the base")
+    (folder / "base" / "README.md").write_text("---\nlicense: llama3.2\n---\n# the base's card\n")
+    (folder / "base" / "generation_config.json").write_text('{"bos_token_id": 0, "eos_token_id": 5, "top_k": 7}')
+    return made
+
+
+@pytest.fixture
+def released(run: RunFolder, tmp_path: Path) -> Path:
+    return merge(run.path, out=tmp_path / "release", onto="dequantized").out
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_auto_publishes_the_candidate_with_the_lower_loss(run: RunFolder, tmp_path: Path) -> None:
+    lines: list[str] = []
+    release = merge(run.path, out=tmp_path / "release", progress=lines.append)
+    answer = json.loads(json.dumps(release.to_json()))
+    assert set(answer["scores"]) == {"original", "dequantized"}
+    assert answer["onto"] == min(answer["scores"], key=lambda name: answer["scores"][name])
+    published = AutoModelForCausalLM.from_pretrained(release.out, dtype=torch.float32)
+    rows = read_source(run.path).rows
+    assert rows.origin == "held-out rows"
+    assert len(rows.examples) == 6
+    loss = mean_loss(published, rows.examples, tokens_per_pass=1000)
+    assert answer["scores"][answer["onto"]] == pytest.approx(loss, abs=1e-5)
+    assert all(proof["passed"] for proof in answer["proofs"])
+    assert "scoring two candidates on 6 held-out rows" in lines
+    assert left_in(tmp_path) == ["release"]
+
+
+def test_a_release_holds_everything_and_its_manifest_names_it(run: RunFolder, released: Path) -> None:
+    manifest = read_json(released / "finetune.json")
+    assert {entry["name"] for entry in manifest["files"]} | {"finetune.json"} == set(left_in(released))
+    assert all(sha256_of(released / entry["name"]) == entry["sha256"] for entry in manifest["files"])
+    assert (released / "LICENSE").read_text() == "the licence of the base"
+    card = (released / "README.md").read_text()
+    assert "license: llama3.2" in card
+    assert "the base's card" not in card
+    assert "logits against base + adapter" in card
+    assert manifest["recipe"] == (run.path / "recipe.yaml").read_text()
+    assert manifest["onto"]["chosen"] == "dequantized"
+    assert str(run.path) not in json.dumps({key: manifest[key] for key in ("plan", "run")})
+
+
+def test_the_release_stops_where_the_base_and_the_run_stop(run: RunFolder, released: Path) -> None:
+    (trained,) = run.plan["stop_token_ids"]
+    assert trained != 5
+    config = read_json(released / "generation_config.json")
+    assert config == {"bos_token_id": 0, "eos_token_id": [5, trained], "top_k": 7}
+
+
+def test_an_adapter_folder_of_a_run_is_the_run(run: RunFolder) -> None:
+    assert read_source(run.adapter).path == run.path
+
+
+def test_an_adapter_without_its_run_is_merged_onto_the_original(run: RunFolder, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    shutil.copytree(run.adapter, alone)
+    release = merge(alone, out=tmp_path / "release")
+    assert release.onto.chosen == "original"
+    assert read_json(release.out / "finetune.json")["rows"].startswith("none")
+
+
+def test_without_the_data_nothing_is_measured_and_it_is_said(run: RunFolder, tmp_path: Path) -> None:
+    moved = RunFolder(tmp_path / "run")
+    shutil.copytree(run.path, moved.path)
+    lock = read_json(moved.path / "lock.json")
+    name = next(iter(lock["data_sha256"]))
+    write_json(moved.path / "lock.json", lock | {"data_sha256": {name: "another"}})
+    choice = choose_onto(read_source(moved.path), "auto")
+    assert (choice.chosen, dict(choice.scores)) == ("original", {})
+    assert "changed since training" in choice.reason
+
+
+def test_without_held_out_rows_a_fixed_sample_of_training_rows_decides(tmp_path: Path) -> None:
+    source = read_source(random_run(tmp_path, data__eval=None).path)
+    assert source.rows.origin == "a sample of the training rows"
+    assert [row.ids for row in source.rows.examples] == [row.ids for row in read_source(source.path).rows.examples]
+
+
+def test_a_failed_proof_publishes_nothing_but_its_report(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = merge_file.round_tuned
+    monkeypatch.setattr(merge_file, "round_tuned", lambda weight, delta, *, dtype: exact(weight, None, dtype=dtype))
+    with pytest.raises(ProofError, match="nearest value") as failure:
+        merge(run.path, out=tmp_path / "release", onto="original")
+    assert failure.value.code == 6
+    assert left_in(tmp_path) == ["release.failed.json"]
+    report = read_json(tmp_path / "release.failed.json")
+    assert any(not proof["passed"] for proof in report["proofs"])
+
+
+def test_another_template_than_the_trained_one_is_not_published(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = merge_file.write_tokenizer
+
+    def write_other(folder: Path, tokenizer_folder: Path, *, template_source: str) -> None:
+        write(folder, tokenizer_folder, template_source=template_source + " ")
+
+    monkeypatch.setattr(merge_file, "write_tokenizer", write_other)
+    with pytest.raises(ProofError, match="template differs"):
+        merge(run.path, out=tmp_path / "release", onto="original")
+
+
+def test_an_interrupted_merge_leaves_nothing(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merge_file, "prove_in_fresh_process", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        merge(run.path, out=tmp_path / "release", onto="original")
+    assert left_in(tmp_path) == []
+
+
+def test_what_is_there_is_never_replaced(run: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        merge(run.path, out=tmp_path / "release")
+    assert left_in(tmp_path / "release") == ["mine.txt"]
+
+
+def test_a_base_that_changed_is_refused(tmp_path: Path) -> None:
+    made = random_run(tmp_path / "run")
+    file = tmp_path / "run" / "base" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="not the weights this run was trained on"):
+        merge(made.path, out=tmp_path / "release")
+
+
+def test_an_unfinished_run_and_a_folder_that_is_none_are_refused(run: RunFolder, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="neither a run folder"):
+        merge(tmp_path, out=tmp_path / "release")
+    shutil.copytree(run.path, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(UserError, match="not finished"):
+        merge(tmp_path / "run", out=tmp_path / "release")
+
+
+def test_verify_proves_again_and_names_damage(released: Path) -> None:
+    again = verify(released)
+    assert again.not_proven is None
+    assert {proof.name for proof in again.proofs} >= {"files", "no-op"}
+    (released / "extra.txt").write_text("x")
+    (released / "LICENSE").unlink()
+    card = released / "README.md"
+    card.write_text(card.read_text().replace("llama3.2", "llama3.1"))
+    with pytest.raises(ProofError) as failure:
+        verify(released)
+    assert {Path(problem.where).name for problem in failure.value.problems} == {"extra.txt", "LICENSE", "README.md"}
+
+
+def test_verify_without_the_run_says_what_it_could_not_prove(run: RunFolder, tmp_path: Path) -> None:
+    moved = tmp_path / "run"
+    shutil.copytree(run.path, moved)
+    out = merge(moved, out=tmp_path / "release", onto="original").out
+    shutil.rmtree(moved)
+    again = verify(out)
+    assert [proof.name for proof in again.proofs] == ["files"]
+    assert again.not_proven is not None
+    assert "no-op" in again.not_proven
+
+
+def test_verify_wants_a_release(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="finetune.json"):
+        verify(tmp_path)
+
+
+def test_shards_hold_every_tensor_once_as_transformers_reads_them(run: RunFolder, tmp_path: Path) -> None:
+    base = read_source(run.path).base.facts.folder
+    entries = list(read_tensor_entries(base))
+    write_shards(tmp_path, entries, lambda entry, tensor: tensor, shard_bytes=100_000)
+    shards = plan_shards(entries, shard_bytes=100_000)
+    assert len(shards) > 3
+    assert all(sum(e.bytes for e in members) <= 100_000 or len(members) == 1 for members in shards.values())
+    shutil.copyfile(base / "config.json", tmp_path / "config.json")
+    expected = load_file(str(base / "model.safetensors"))
+    written = {entry.name: entry.file for entry in read_tensor_entries(tmp_path)}
+    assert written.keys() == expected.keys()
+    for name, file in written.items():
+        with safe_open(str(file), framework="pt") as shard:
+            assert torch.equal(shard.get_tensor(name), expected[name])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(model.get_parameter("model.norm.weight"), expected["model.norm.weight"])
+
+
+def test_a_template_that_asks_the_date_renders_with_the_recipes(tmp_path: Path) -> None:
+    source = "{{ bos_token }}{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m['role'] ~ ': ' ~ m['content'] }}"
+    source += "{{ eos_token if m['role'] == 'assistant' else '\\n' }}{% endfor %}"
+    (tmp_path / "dated.jinja").write_text(source)
+    made = random_run(tmp_path / "run", data__template=str(tmp_path / "dated.jinja"), data__date="3 Oct 1990")
+    template: Template = read_source(made.path).template
+    assert "03 Oct 1990" in template.text(read_source(made.path).probe_conversations()[0], add_generation_prompt=True)
+    release = merge(made.path, out=tmp_path / "release", onto="original")
+    assert {proof.name: proof.value for proof in release.proofs}["probes whose rendering differs"] == 0
