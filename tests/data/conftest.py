@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune.base import TOKENIZER_FILES, Base, read_base
 from finetune.data.conversations import Conversation, Turn
 from finetune.data.examples import Encoder, Example, make_examples
 from finetune.data.sources import Row
 from finetune.data.template import Template, choose_template
+from tests.conftest import POCKET
 
 DATE = "26 Jul 2024"
 
@@ -38,6 +40,19 @@ def real_base(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     def get(name: str) -> Base:
         if name not in known:
             known[name] = base_around(shared / "tokenizers" / name, tmp_path_factory.mktemp("base") / name)
+        return known[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def oracle(shared: Path) -> Callable[[str], PreTrainedTokenizerBase]:
+    """A tokenizer as transformers loads it from the original files, once."""
+    known: dict[str, PreTrainedTokenizerBase] = {}
+
+    def get(name: str) -> PreTrainedTokenizerBase:
+        if name not in known:
+            known[name] = AutoTokenizer.from_pretrained(POCKET if name == "pocket" else shared / "tokenizers" / name)
         return known[name]
 
     return get

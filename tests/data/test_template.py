@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune.base import Base
 from finetune.data.conversations import Turn, alpaca_user_text
@@ -89,12 +89,15 @@ def test_an_installed_alpaca_template_renders_the_same_in_transformers(
     ids=["plain", "system", "rounds"],
 )
 def test_a_bases_own_template_renders_as_in_transformers(
-    real_base: Callable[[str], Base], name: str, turns: tuple[str, ...], system: str | None
+    real_base: Callable[[str], Base],
+    oracle: Callable[[str], PreTrainedTokenizerBase],
+    name: str,
+    turns: tuple[str, ...],
+    system: str | None,
 ) -> None:
     base = real_base(name)
     template = choose_template("auto", base, date=DATE)
-    tokenizer = AutoTokenizer.from_pretrained(base.tokenizer_folder)
-    tokenizer.chat_template = base.chat_template
+    tokenizer = oracle(name)
     whole = conversation(*turns, system=system)
     messages = [{"role": turn.role, "content": turn.text} for turn in whole.turns]
     theirs = tokenizer.apply_chat_template(messages, tokenize=False).replace(f"{datetime.now():%d %b %Y}", DATE)

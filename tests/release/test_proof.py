@@ -28,7 +28,7 @@ WHOLE = {
     ),
     "two targets of an 8-bit base": (
         {"dtype": "bfloat16", "model__quantization": "int8", "adapter__targets": ["q_proj", "down_proj"]},
-        "original",
+        "dequantized",
     ),
     "two targets, computed in bfloat16": (
         {"dtype": "float32", "model__dtype": "bfloat16", "adapter__targets": ["v_proj", "up_proj"]},

@@ -126,8 +126,15 @@ def test_an_unfinished_run_is_refused_with_the_cure(run_folder: Path) -> None:
     assert "finish it with `finetune train ... --resume`" in message_of(str(run_folder))
 
 
+def test_a_run_on_weights_it_was_not_trained_on_is_refused(run_folder: Path) -> None:
+    lock = json.loads((run_folder / "lock.json").read_text())
+    lock["base_sha256"]["model.safetensors"] = "0" * 64
+    (run_folder / "lock.json").write_text(json.dumps(lock))
+    assert "has other weights than those it was trained on" in message_of(str(run_folder))
+
+
 def test_an_adapter_without_its_base_is_refused(tmp_path: Path) -> None:
-    for base, words in (("./gone", "its base ./gone cannot be read: not a base folder"), (None, "names no base")):
+    for base, words in (("./gone", "its base ./gone cannot be read: "), (None, "names no base")):
         (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
         assert words in message_of(str(tmp_path))
 
