@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint soak clean
+.PHONY: demo test lint clean
 
 demo: $(READY)
 	$(RUN) tools/demo.py
@@ -23,7 +23,7 @@ lint: $(READY)
 $(READY): constraints.txt pyproject.toml
 	@$(PYTHON) tools/check_machine.py $(VENV)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet $(PIP_ARGS) torch==2.13.0
+	$(RUN) -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt torch==2.13.0
 	$(RUN) -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt "setuptools>=77" wheel
 	$(RUN) -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-build-isolation --editable ".[dev]"
 	touch $(READY)

@@ -5,9 +5,6 @@ import shutil
 import sys
 from pathlib import Path
 
-CUDA_DOWNLOAD_GB = 3.5  # torch 2.13.0 for Linux from PyPI with the CUDA libraries it requires
-CPU_DOWNLOAD_GB = 0.2
-
 
 def main() -> None:
     """Exit 2 with the cure if the machine cannot be set up; warn before a large download."""
@@ -16,14 +13,17 @@ def main() -> None:
     venv = Path(sys.argv[1])
     if any(venv.glob("lib/python*/site-packages/torch")):
         return
-    if platform.system() == "Linux" and not shutil.which("nvidia-smi"):
+    if platform.system() != "Linux":
+        return
+    print("PyTorch's default build for Linux brings several GB of CUDA libraries; more than 1 GB may be downloaded.")
+    if not shutil.which("nvidia-smi"):
         print(
-            f"No NVIDIA GPU found. PyTorch's default build for Linux downloads about {CUDA_DOWNLOAD_GB} GB of CUDA "
-            f"libraries; its CPU build {CPU_DOWNLOAD_GB} GB. To take the CPU build, stop this with Ctrl-C and add\n"
-            '  PIP_ARGS="--extra-index-url <the CPU address from pytorch.org, Get started>"\n'
-            "to the make command. Where pip is set up to find a CPU build already, nothing is to be done.",
-            flush=True,
+            "No NVIDIA GPU was found, so its CPU build (about 0.2 GB) is enough: stop this with Ctrl-C and repeat it with\n"
+            '  PIP_ARGS="--extra-index-url ADDRESS"\n'
+            'where ADDRESS is the CPU address of "Get started" on pytorch.org. Where pip finds a CPU build already, '
+            "nothing is to be done."
         )
+    sys.stdout.flush()
 
 
 main()
