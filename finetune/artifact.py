@@ -87,6 +87,8 @@ def open_run_folder(
         _refuse_other_content(folder, resolved, resume=resume)
         return folder
     _refuse_no_adapter(plan)
+    if folder.path.resolve() == Path.cwd():
+        raise UserError(Problem(str(folder.path), "is the current folder; name a new folder with --out"))
     try:
         _create(folder, resolved, recipe_path, _lock(recipe_path, overrides, base, data, plan))
     except (FileExistsError, NotADirectoryError, PermissionError, ValueError) as error:

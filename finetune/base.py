@@ -132,10 +132,10 @@ def find_base_folder(base: str, *, revision: str | None = None) -> Path:
     path = Path(base).expanduser()
     if base.startswith((".", "/", "~")) or path.exists():
         if not path.exists():
-            raise UserError(Problem(base, "no such folder; correct model.base, or give a hub id or builtin:NAME"))
+            raise UserError(Problem(base, "no such folder; correct the path, or give a hub id or builtin:NAME"))
         if not (path / "config.json").is_file():
             raise UserError(Problem(base, "not a base folder: it has no config.json; give a folder or a hub id"))
-        return path
+        return path.resolve()
     return _hub_folder(base, revision)
 
 
@@ -143,7 +143,7 @@ def _hub_folder(base: str, revision: str | None) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+    wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "LICENSE*", "README.md"]
     try:
         folder = huggingface_hub.snapshot_download(base, revision=revision, allow_patterns=wanted)
     except HFValidationError as error:

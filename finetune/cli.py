@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from finetune.errors import FinetuneError, Problem
-from finetune.machine import go_offline, quiet_libraries
+from finetune.errors import FinetuneError, Problem, UserError
+from finetune.machine import go_offline, quiet_libraries, share_cores
 
 app = typer.Typer(
     name="finetune",
@@ -106,6 +106,7 @@ def generate(
 ) -> None:
     """Text from a run, adapter, merged folder or base."""
     _prepare(offline=False)
+    _refuse_missing(target)
     from finetune.use.generate import generate as complete_prompts
     from finetune.use.generate import read_prompts
     from finetune.use.target import load_target
@@ -128,6 +129,7 @@ def chat(
 ) -> None:
     """Talk with a run, adapter, merged folder or base."""
     _prepare(offline=False)
+    _refuse_missing(target)
     from finetune.use.chat import chat as talk
     from finetune.use.target import load_target
 
@@ -147,6 +149,7 @@ def evaluate(
 ) -> None:
     """Loss, perplexity and exact match of greedy answers."""
     _prepare(offline=False)
+    _refuse_missing(target)
     from finetune.use.evaluate import evaluate as score
     from finetune.use.evaluate import evaluation_text
 
@@ -165,10 +168,11 @@ def merge(
 ) -> None:
     """Fold a run's adapter into its base; proven before it is published."""
     _prepare(offline=False)
+    _refuse_missing(run)
     from finetune.release.merge import merge as fold
     from finetune.release.merge import release_text
 
-    release = fold(run, out=out, onto=onto)
+    release = fold(run, out=out, onto=onto, progress=lambda line: typer.echo(line, err=True))
     _answer(release.to_json(), as_json, release_text(release))
 
 
@@ -178,6 +182,7 @@ def verify(
 ) -> None:
     """Prove a release folder again from its manifest."""
     _prepare(offline=False)
+    _refuse_missing(folder)
     from finetune.release.merge import release_text
     from finetune.release.verify import verify as prove_again
 
@@ -270,8 +275,21 @@ def main() -> None:
 def _prepare(offline: bool) -> None:
     """Before any library is imported: no telemetry, no chatter, and no network if asked."""
     quiet_libraries()
+    share_cores()
     if offline:
         go_offline()
+
+
+def _refuse_missing(target: str | Path) -> None:
+    """Before torch is imported, which takes seconds: a target that is nowhere is told at once; a path is no hub id."""
+    if Path(target).expanduser().exists():
+        return
+    from finetune.base import find_base_folder
+
+    try:
+        find_base_folder(target if isinstance(target, str) else str(target.absolute()))
+    except UserError as error:
+        raise UserError(Problem(str(target), problem.message) for problem in error.problems) from error
 
 
 def _answer(values: Mapping[str, Any], as_json: bool, text: str) -> None:

@@ -66,6 +66,15 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, message=f"`{name}` is deprecated")
 
 
+def share_cores() -> None:
+    """Let waiting threads sleep instead of spin; set before torch is imported.
+
+    Spinning is a little faster on an idle machine and many times slower as soon as another program wants a core: the
+    small products of a small model then wait for a thread that is not running. benchmarks/shared_cores.py measures it.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def _total_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

@@ -33,6 +33,7 @@ class DataFacts:
     dropped: Mapping[str, int]
     train_tokens: tuple[int, ...]
     train_supervised: tuple[int, ...]
+    straddling_tokens: int  # learned tokens that begin in the context and end in the answer
     eval_tokens: tuple[int, ...]
     stop_token_ids: tuple[int, ...]
 
@@ -101,6 +102,7 @@ class Plan:
     eval_examples: int
     tokens: int  # of one trip through the training rows
     supervised_tokens: int
+    straddling_tokens: int  # of the supervised ones, those that begin in the context
     rows_read: int
     dropped: Mapping[str, int]
     data_format: str
@@ -158,6 +160,7 @@ def make_plan(recipe: Recipe, machine: Machine, base: BaseFacts, data: DataFacts
         eval_examples=len(data.eval_tokens),
         tokens=sum(data.train_tokens),
         supervised_tokens=sum(data.train_supervised),
+        straddling_tokens=data.straddling_tokens,
         rows_read=data.rows_read,
         dropped=data.dropped,
         data_format=data.format,

@@ -34,7 +34,7 @@ ALLOWED = {
     "release": FACTS | {"data", "model", "train", "artifact", "resolve"},
     "use": FACTS | {"data", "model", "train", "artifact", "resolve"},
     "run": FACTS | {"data", "model", "train", "artifact", "resolve"},
-    "cli": {"errors", "machine", "run", "resolve", "data", "use", "release", "shipped", "recipe", "doctor"},
+    "cli": {"errors", "machine", "base", "run", "resolve", "data", "use", "release", "shipped", "recipe", "doctor"},
     "__main__": {"cli"},
     "__init__": set(),
     "assets": set(),

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune.errors import FinetuneError
-from finetune.machine import quiet_libraries
+from finetune.machine import quiet_libraries, share_cores
 
 RECIPE = Path("recipes/quickstart.yaml")
 HELD_OUT = "datasets/quickstart-eval.jsonl"
@@ -30,6 +30,7 @@ SHOWN_CHARACTERS = 44
 def main() -> None:
     """Run the four steps and end with the tables."""
     quiet_libraries()
+    share_cores()
     from finetune.release.merge import merge, release_text
     from finetune.run import run
     from finetune.use.evaluate import evaluate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,14 @@ class Example:
     def supervised_tokens(self) -> int:
         """Learned tokens that have a predecessor; the very first token of a text is predicted from nothing."""
         return sum(label != NOT_LEARNED for label in self.labels[1:])
+
+    @property
+    def straddling_tokens(self) -> int:
+        """Learned tokens that begin before the span they reach into, so that a bit of context is learned with them."""
+        before = [bisect_left(self.offsets, (start, 0)) - 1 for start, _ in self.spans]
+        return sum(
+            self.offsets[index][1] > start for index, (start, _) in zip(before, self.spans, strict=True) if index >= 0
+        )
 
     @property
     def supervised_text(self) -> str:

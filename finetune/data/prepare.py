@@ -65,9 +65,10 @@ def prepare_data(data: DataSection, base: Base, *, seed: int) -> PreparedData:
         template=template.name,
         template_sha256=template.sha256,
         rows_read=sum(len(part.rows) for part in parts),
-        dropped=Counter(reason for part in parts for reason in part.dropped.values()),
+        dropped=dict(Counter(reason for part in parts for reason in part.dropped.values())),
         train_tokens=tuple(example.tokens for example in train),
         train_supervised=tuple(example.supervised_tokens for example in train),
+        straddling_tokens=sum(example.straddling_tokens for example in train),
         eval_tokens=tuple(example.tokens for example in held_out),
         stop_token_ids=tuple(sorted({_stop_token(example) for example in train})),
     )

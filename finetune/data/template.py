@@ -97,8 +97,9 @@ class Template:
                         "so the answer's place cannot be proven; use another template"
                     )
                 # What only separates turns (chatml's newline after <|im_end|>) is nothing the model has to say.
-                spans.append((len(before), len(after.rstrip()) if index + 1 == len(turns) else len(after)))
-        return Rendered(whole, tuple((start, _stripped_end(whole, start, end)) for start, end in spans))
+                said = after[len(before) :].rstrip()
+                spans.append((len(before), len(before) + len(said)))
+        return Rendered(whole, tuple(spans))
 
 
 def choose_template(name: str, base: Base, *, date: str) -> Template:
@@ -146,10 +147,6 @@ def _ours(name: str) -> str:
         known = ", ".join(sorted(path.stem for path in OURS.glob("*.jinja")))
         raise UserError(Problem("data.template", f"unknown template {name!r}; ours: {known}; or give a .jinja file"))
     return file.read_text(encoding="utf-8")
-
-
-def _stripped_end(text: str, start: int, end: int) -> int:
-    return start + len(text[start:end].rstrip())
 
 
 def _tojson(value: Any, indent: int | None = None) -> str:

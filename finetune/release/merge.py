@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +15,21 @@ import torch
 from finetune.artifact import read_json, version_of, write_json, write_tokenizer
 from finetune.base import TOKENIZER_FILES, TensorEntry, read_tensor_entries, sha256_of
 from finetune.errors import Problem, ProofError, StorageError, UserError, raise_problems
-from finetune.model.load import load_base
 from finetune.release.card import write_card
+from finetune.release.choice import Choice, Progress, choose_onto
 from finetune.release.delta import DTYPES, Delta, read_deltas, round_tuned
 from finetune.release.fresh import Proof, failed_problems, prove_in_fresh_process
 from finetune.release.manifest import CARD, MANIFEST, describe_files
-from finetune.release.proof import linear_entries, make_onto
+from finetune.release.proof import make_onto
 from finetune.release.proof_files import base_generation_config, expected_stops, rounded_names, stop_ids
 from finetune.release.source import Source, check_base, read_source
-from finetune.release.weights import read_tensors, write_shards
-from finetune.train.trainer import mean_loss
+from finetune.release.verify import Verification
+from finetune.release.weights import write_shards
 
-Progress = Callable[[str], None]
-ONTO = ("auto", "original", "dequantized")
 # Weights in any form, tokenizers (written anew) and what describes the base alone; all other files come along.
 WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5")
 LEFT_BEHIND = {*TOKENIZER_FILES, "chat_template.jinja", "chat_template.json", "added_tokens.json", "vocab.json"}
 LEFT_BEHIND |= {"merges.txt", "generation_config.json", CARD, MANIFEST}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which base values were merged onto, why, and the losses that decided, in nats a supervised token."""
-
-    asked: str
-    chosen: str
-    reason: str
-    scores: Mapping[str, float]
-    rows: int
-    rows_from: str | None
-
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "scores": dict(self.scores)}
 
 
 @dataclass(frozen=True)
@@ -89,13 +71,26 @@ def merge(run_or_adapter: Path, *, out: Path, onto: str = "auto", progress: Prog
         progress(f"merging onto the {choice.chosen} weights: {choice.reason}")
         manifest = write_release(staging, source, choice, base_sha256=base_sha256, out=out)
         progress("proving in a fresh process")
-        proofs = prove_in_fresh_process([(staging, source.path)])[0]
-        _refuse_failed(out, choice, proofs)
+        proofs = _prove_or_report(staging, source, choice, out=out)
         files = _seal(staging, manifest, proofs, source, name=out.name)
         _publish(staging, out)
+        _report_of(out).unlink(missing_ok=True)  # of an earlier attempt
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Release(out, choice, proofs, files)
+
+
+def release_text(release: Release | Verification) -> str:
+    """What a person reads of a release: its folder, what it was merged onto, and every proof with its figures."""
+    lines = [f"{release.out}: {len(release.files)} files"]
+    if isinstance(release, Release):
+        lines.append(f"merged onto the {release.onto.chosen} weights: {release.onto.reason}")
+    elif release.not_proven:
+        lines.append(f"only the files were compared: {release.not_proven}")
+    for found in release.proofs:
+        limit = "recorded only" if found.limit is None else f"at most {found.limit:.6g}"
+        lines.append(f"  {'ok  ' if found.passed else 'FAIL'} {found.name}: {found.value:.6g} ({limit})")
+    return "\n".join(lines)
 
 
 def refuse_content(out: Path) -> None:
@@ -106,44 +101,6 @@ def refuse_content(out: Path) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(Problem(str(out), "is there already and not empty; name another folder, or remove it first"))
-
-
-def choose_onto(source: Source, asked: str, *, progress: Progress = lambda line: None) -> Choice:
-    """Measure both candidates as they would be published, and take the one with the lower loss.
-
-    Raises:
-        UserError: `asked` is none of auto, original, dequantized.
-    """
-    if asked not in ONTO:
-        raise UserError(Problem("--onto", f"{asked!r} is not possible; write one of {', '.join(ONTO)}"))
-    if source.model.quantization == "none":
-        return Choice(asked, "original", "the run did not quantise its base", {}, 0, None)
-    if asked != "auto":
-        return Choice(asked, asked, "as asked", {}, 0, None)
-    rows = source.rows
-    if not rows.examples:
-        return Choice(asked, "original", f"could not be measured, rows to score on: {rows.origin}", {}, 0, None)
-    progress(f"scoring two candidates on {len(rows.examples)} {rows.origin}")
-    scores = score_candidates(source)
-    best = min(scores, key=lambda name: scores[name])
-    reason = f"loss {scores[best]:.4f} over {len(rows.examples)} {rows.origin}, against {max(scores.values()):.4f}"
-    return Choice(asked, best, reason, scores, len(rows.examples), rows.origin)
-
-
-def score_candidates(source: Source) -> dict[str, float]:
-    """Mean loss over the source's rows of each candidate, rounded as published, computed in float32."""
-    deltas = read_deltas(source.adapter)
-    model = load_base(replace(source.model, quantization="none", dtype="float32"))
-    scores = {}
-    for name in ("original", "dequantized"):
-        onto = make_onto(source, name)
-        for entry, tensor in read_tensors(linear_entries(source)):
-            merged = round_tuned(onto.weight(tensor), deltas.get(entry.name), dtype=tensor.dtype)
-            model.get_parameter(entry.name).data.copy_(merged)
-        scores[name] = mean_loss(model, source.rows.examples, tokens_per_pass=2048)
-    del model
-    gc.collect()
-    return scores
 
 
 def write_release(
@@ -239,12 +196,23 @@ def _refuse_full_disk(folder: Path, weight_bytes: int) -> None:
         raise StorageError(Problem(str(folder.parent), message))
 
 
-def _refuse_failed(out: Path, choice: Choice, proofs: Sequence[Proof]) -> None:
-    problems = failed_problems(out, proofs)
-    if problems:
-        report = out.with_name(f"{out.name}.failed.json")
-        write_json(report, {"onto": choice.to_json(), "proofs": [found.to_json() for found in proofs]})
-        raise ProofError([*problems, Problem(str(report), "nothing was published; this report holds every figure")])
+def _prove_or_report(staging: Path, source: Source, choice: Choice, *, out: Path) -> list[Proof]:
+    """The proofs, all passed; a failed one, or none at all, leaves a report beside `out`."""
+    proofs: list[Proof] = []
+    try:
+        proofs = prove_in_fresh_process([(staging, source.path)])[0]
+        raise_problems(failed_problems(out, proofs), error=ProofError)
+    except ProofError as error:
+        problems = [{"where": problem.where, "message": problem.message} for problem in error.problems]
+        figures = {"onto": choice.to_json(), "proofs": [found.to_json() for found in proofs], "problems": problems}
+        write_json(_report_of(out), figures)
+        told = Problem(str(_report_of(out)), "nothing was published; this report holds every figure")
+        raise ProofError([*error.problems, told]) from error
+    return proofs
+
+
+def _report_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.failed.json")
 
 
 def _seal(

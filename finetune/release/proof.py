@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import sys
@@ -83,13 +82,11 @@ def prove_model(folder: Path, source: Source, onto: Onto) -> list[Proof]:
         base = probe_logits(reference, probes)
     answers = greedy_answers(reference, rows[:GREEDY_PROMPTS], source.stop_token_ids)
     del reference
-    gc.collect()
     release = load_plain(folder, source.model.device)
     released = probe_logits(release, probes)
     release_loss = mean_loss(release, rows, tokens_per_pass=TOKENS_PER_PASS) if rows else None
     greedy = greedy_gap(release, answers)
     del release
-    gc.collect()
     trained, trained_loss, differing = _as_trained(source, onto, probes, rows)
     limit, scale = logits_limit(source.base.facts), torch.cat(tuned).std().item()
     effect = _rms(tuned, base)

@@ -77,8 +77,11 @@ class Source:
             file = Path(name).expanduser()
             if not file.is_file() or sha256_of(file) != sha256:
                 return Rows((), f"none: {name} is {'changed since' if file.is_file() else 'not there since'} training")
-        recipe = load_recipe(self.path / "recipe.yaml", self.lock["overrides"])
-        data = prepare_data(recipe.data, self.base, seed=recipe.seed)
+        try:
+            recipe = load_recipe(self.path / "recipe.yaml", self.lock["overrides"])
+            data = prepare_data(recipe.data, self.base, seed=recipe.seed)
+        except UserError as error:  # a template file that is gone, for one; the adapter folder still has the template
+            return Rows((), f"none: {error.problems[0]}")
         if data.eval:
             return Rows(data.eval[:HELD_OUT_ROWS], "held-out rows")
         chosen = random.Random(f"{recipe.seed}/release").sample(range(len(data.train)), k=len(data.train))

@@ -29,7 +29,7 @@ def write_shards(
         with (folder / name).open("wb") as stream:
             stream.write(_header(members))
             for entry, tensor in read_tensors(members):
-                stream.write(raw_bytes(change(entry, tensor)))
+                stream.write(as_bytes(change(entry, tensor)).numpy().data)
     if len(shards) > 1:
         weight_map = {entry.name: name for name, members in shards.items() for entry in members}
         total = {"total_size": sum(entry.bytes for entry in entries)}
@@ -61,9 +61,9 @@ def read_tensors(entries: Sequence[TensorEntry]) -> Iterator[tuple[TensorEntry, 
                 position += 1
 
 
-def raw_bytes(tensor: torch.Tensor) -> bytes:
-    """The elements as they lie in a safetensors file."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements as they lie in a safetensors file: uint8, one dimension."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _header(members: Sequence[TensorEntry]) -> bytes:

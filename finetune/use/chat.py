@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from finetune.data.conversations import Turn
 from finetune.data.examples import Encoder
 from finetune.errors import UserError
-from finetune.use.generate import GREEDY, Sampling, conversation_text, stream
+from finetune.use.generate import Sampling, conversation_text, stream
 from finetune.use.target import Target
 
 COMMANDS = {
@@ -31,14 +32,25 @@ class _Talk:
     turns: list[Turn] = field(default_factory=list)  # user, assistant, user, assistant ...
 
 
-def chat(
+def _type_line() -> str:
+    return input("> ")
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def chat(  # noqa: PLR0913 - the options of the command, one to one
     target: Target,
     *,
     system: str | None = None,
     max_new_tokens: int = 512,
-    sampling: Sampling = GREEDY,
-    read_line: Callable[[], str],
-    write: Callable[[str], None],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 17,
+    read_line: Callable[[], str] = _type_line,
+    write: Callable[[str], None] = _show,
 ) -> None:
     """Answer every line that `read_line` gives until /quit or EOFError; answers go to `write` piece by piece.
 
@@ -48,7 +60,7 @@ def chat(
         UserError: the target has no template, or one that takes no such system prompt; before the first line is read.
     """
     system = target.system if system is None else system
-    talk = _Talk(target, system, max_new_tokens, sampling, write)
+    talk = _Talk(target, system, max_new_tokens, Sampling(temperature, top_p, seed), write)
     _ids(talk, [Turn("user", "x")])
     write(f"{target.name}. " + ", ".join(f"{name}: {does}" for name, does in COMMANDS.items()) + ".\n")
     while True:

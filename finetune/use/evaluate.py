@@ -23,6 +23,7 @@ from finetune.use.target import FoundTarget, Target, attention_for_loss, find_ta
 
 ROWS_AT_ONCE = 256  # between two movements of the progress bar
 LARGEST_EXPONENT = 709.0  # exp(710) is no float any more
+SHARES = ("exact_match", "begins_correctly", "stopped")
 SPARE_TOKENS = 8  # an answer may run this much longer than the longest expected one before it is cut
 
 
@@ -150,6 +151,20 @@ def evaluate(  # noqa: PLR0913 - the options of the command, one to one
     return Evaluation(
         tuple(_score(each, examples, room=room if exact_match else None, by=by) for each in found),
     )
+
+
+def evaluation_text(evaluation: Evaluation) -> str:
+    """The figures for people: two lines a target, then a line a group."""
+    lines = []
+    for score in (target.to_json() for target in evaluation.targets):
+        lines.append(f"{score['target']}  ({score['rows']} rows, {score['supervised_tokens']} supervised tokens)")
+        perplexity = "beyond all floats" if score["perplexity"] is None else f"{score['perplexity']:.2f}"
+        shares = [f"{name.replace('_', ' ')} {score[name]:.1%}" for name in SHARES if score[name] is not None]
+        lines.append("  ".join([f"  loss {score['loss']:.4f}", f"perplexity {perplexity}", *shares]))
+        for name, group in score.get("groups", {}).items():
+            match = "" if group["exact_match"] is None else f"  exact match {group['exact_match']:.1%}"
+            lines.append(f"    {name}: {group['rows']} rows  loss {group['loss']:.4f}{match}")
+    return "\n".join(lines)
 
 
 def _score(found: FoundTarget, examples: Sequence[Example], *, room: int | None, by: str | None) -> TargetScore:

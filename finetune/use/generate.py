@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,37 +54,60 @@ class Completion:
         return len(self.ids)
 
 
-def generate(
+@dataclass(frozen=True)
+class Answer:
+    """A prompt as it was given and what was said to it; tokens counts those of the text, without the stop token."""
+
+    prompt: str
+    text: str
+    stopped: str
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
+    """The prompts of the command line, then those of a file, one a line; empty lines are none.
+
+    Raises:
+        UserError: the file is not there or not UTF-8, or there is no prompt at all.
+    """
+    found = list(prompts)
+    if file is not None:
+        try:
+            found += [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            message = f"cannot be read ({error}); give a UTF-8 text file, one prompt a line"
+            raise UserError(Problem(str(file), message)) from error
+    if not found:
+        raise UserError(
+            Problem("prompt", "there is nothing to answer; give --prompt TEXT or a --file with a line each")
+        )
+    return found
+
+
+def generate(  # noqa: PLR0913 - the options of the command, one to one
     target: Target,
     prompts: Sequence[str],
     *,
     raw: bool = False,
     system: str | None = None,
     max_new_tokens: int = 256,
-    sampling: Sampling = GREEDY,
-) -> list[Completion]:
-    """One completion a prompt, in order; a prompt is one user turn through the template, or with `raw` a text to go on.
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 17,
+) -> list[Answer]:
+    """One answer a prompt, in order; a prompt is one user turn through the template, or with `raw` a text to go on.
 
     Raises:
-        UserError: the target has no template, a prompt holds a control token or leaves no room to answer; all at once.
+        UserError: the target has no template, or a prompt holds a control token or leaves no room to answer.
     """
-    if not prompts:
-        raise UserError(
-            Problem("prompt", "there is nothing to answer; give --prompt TEXT or a --file with a line each")
-        )
+    sampling = Sampling(temperature, top_p, seed)
     texts = [raw_text(target, prompt) if raw else user_text(target, prompt, system=system) for prompt in prompts]
     ids = [encoding.ids for encoding in Encoder(target.base).encode(texts)]
-    return complete(target, ids, max_new_tokens=max_new_tokens, sampling=sampling)
-
-
-def completions_json(prompts: Sequence[str], completions: Sequence[Completion]) -> dict[str, Any]:
-    """The JSON answer of `finetune generate`; tokens counts those of the text, without the stop token."""
-    return {
-        "completions": [
-            {"prompt": prompt, "text": said.text, "stopped": said.stopped, "tokens": said.tokens}
-            for prompt, said in zip(prompts, completions, strict=True)
-        ]
-    }
+    completions = complete(target, ids, max_new_tokens=max_new_tokens, sampling=sampling)
+    return [Answer(prompt, c.text, c.stopped, c.tokens) for prompt, c in zip(prompts, completions, strict=True)]
 
 
 def user_text(target: Target, prompt: str, *, system: str | None = None) -> str:

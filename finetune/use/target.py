@@ -12,7 +12,15 @@ import torch
 from transformers import PreTrainedModel
 
 from finetune.artifact import read_json
-from finetune.base import PLAIN_TOKENIZER_CLASSES, Base, load_tokenizer, read_base, read_chat_template
+from finetune.base import (
+    PLAIN_TOKENIZER_CLASSES,
+    Base,
+    load_tokenizer,
+    read_base,
+    read_chat_template,
+    sha256_of,
+    weight_files,
+)
 from finetune.data.conversations import Turn
 from finetune.data.examples import Encoder
 from finetune.data.template import Template, TemplateProblem, choose_template, parse_date
@@ -166,6 +174,7 @@ def _adapter_of_run(target: str, folder: Path, run: Path) -> FoundTarget:
     plan = read_json(run / MARKS["run"])
     trained = plan["model"]
     base = _base_with_tokenizer_of(_read_base(target, trained["base"], trained["revision"]), folder)
+    _refuse_another_base(target, base, read_json(run / "lock.json")["base_sha256"])
     device = probe_machine().device
     dtype = "float32" if device == "cpu" and trained["dtype"] == "float16" else trained["dtype"]
     model_plan = ModelPlan(
@@ -187,6 +196,17 @@ def _adapter_of_run(target: str, folder: Path, run: Path) -> FoundTarget:
         plan=model_plan,
         adapter=folder,
     )
+
+
+def _refuse_another_base(target: str, base: Base, trained_on: dict[str, str]) -> None:
+    """A delta on weights it was not trained on still speaks, only wrongly."""
+    files = {file.name: file for file in weight_files(base.facts.folder)}
+    if files.keys() != trained_on.keys() or any(sha256_of(files[name]) != trained_on[name] for name in files):
+        message = (
+            f"its base {base.facts.base} has other weights than those it was trained on (lock.json, base_sha256); "
+            "restore them, or train again"
+        )
+        raise UserError(Problem(target, message))
 
 
 def _model(target: str) -> FoundTarget:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerBase
 
 from finetune.base import Base, read_base
@@ -54,6 +56,7 @@ def check_labels(example: Example, answers: list[str], end: str) -> int:
     before = {position for start, stop in crossing for position in range(start, stop)}
     assert learned_characters(example) - before == wanted - before
     assert wanted <= learned_characters(example)
+    assert example.straddling_tokens == len(crossing)
     return len(crossing)
 
 
@@ -65,6 +68,26 @@ def test_the_answer_and_its_end_token_are_learned_and_nothing_else() -> None:
     assert POCKET.tokenizer.decode(learned, skip_special_tokens=False) == "Red.</s>"
     assert example.ids[: -len(learned)] == example.prompt_ids
     assert example.supervised_tokens == len(learned)
+
+
+def test_a_token_that_straddles_the_start_is_learned_and_counted() -> None:
+    """Without markup "ani" + "mal" is the one token "animal"; what it begins with cannot be told apart."""
+    template = choose_template("none", POCKET, date=DATE)
+    example = example_of(conversation("one ani", "mal"), POCKET, template)
+    assert POCKET.tokenizer.encode("one animal", add_special_tokens=False).tokens[-1].endswith("animal")
+    assert check_labels(example, ["mal"], "</s>") == example.straddling_tokens == 1
+    assert POCKET.tokenizer.decode([x for x in example.labels if x != NOT_LEARNED]).strip() == "animal"
+    assert example_of(conversation("one", " animal"), POCKET, template).straddling_tokens == 0
+
+
+def test_a_post_processor_that_trims_offsets_does_not_hide_a_leading_space() -> None:
+    """GPT-2's byte-level post-processor takes the space of " red" out of the token's offsets."""
+    tokenizer = Tokenizer.from_str(POCKET.tokenizer.to_str())
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    trimmed = tokenizer.encode("a red", add_special_tokens=False)
+    assert (trimmed.tokens, trimmed.offsets) == (["a", "Ġred"], [(0, 1), (2, 5)])
+    example = example_of(conversation("Name a colour.", " red"), replace(POCKET, tokenizer=tokenizer), ALPACA)
+    assert check_labels(example, [" red"], "</s>") == 0
 
 
 @pytest.mark.parametrize(

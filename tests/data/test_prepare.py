@@ -76,7 +76,7 @@ def test_empty_and_long_rows_are_refused_together(pocket: Base, mixed: str) -> N
 def test_problems_of_all_kinds_and_files_are_told_at_once(pocket: Base, mixed: str, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"instruction": "x", "output": "y"}\n{oops\n{"instruction": "x"}\n')
-    told = problems_of(pocket, train=[mixed, str(bad)], eval=str(tmp_path / "none.jsonl"), max_tokens=200)
+    told = problems_of(pocket, train=(mixed, str(bad)), eval=str(tmp_path / "none.jsonl"), max_tokens=200)
     assert [problem.split(": ")[0] for problem in told] == [
         f"{bad}:2", f"{bad}:3", f"{mixed}:{EMPTY + 1}", f"{mixed}:{LONG + 1}", f"{tmp_path}/none.jsonl"
     ]  # fmt: skip

@@ -11,8 +11,9 @@ import torch
 from finetune.artifact import RunFolder, open_run_folder, read_json, write_json
 from finetune.model.adapter import attach_adapter, save_adapter
 from finetune.model.load import load_base
+from finetune.release.choice import Choice
 from finetune.release.manifest import MANIFEST, describe_files
-from finetune.release.merge import Choice, write_release
+from finetune.release.merge import write_release
 from finetune.release.source import check_base, read_source
 from finetune.resolve import resolve
 from finetune.train.train import TrainResult

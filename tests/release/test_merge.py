@@ -17,13 +17,15 @@ from finetune.artifact import RunFolder, read_json, write_json
 from finetune.base import read_tensor_entries, sha256_of
 from finetune.data.template import Template
 from finetune.errors import ProofError, UserError
-from finetune.release import manifest as manifest_file
+from finetune.release import fresh as fresh_file
 from finetune.release import merge as merge_file
-from finetune.release.fresh import Proof
-from finetune.release.manifest import verify
-from finetune.release.merge import choose_onto, merge
+from finetune.release import verify as verify_file
+from finetune.release.choice import choose_onto
+from finetune.release.fresh import Proof, prove_in_fresh_process
+from finetune.release.merge import merge, release_text
 from finetune.release.proof import prove
 from finetune.release.source import read_source
+from finetune.release.verify import verify
 from finetune.release.weights import plan_shards, write_shards
 from finetune.train.trainer import mean_loss
 from tests.release.runs import copy_release, random_run
@@ -37,7 +39,7 @@ def prove_here(pairs: Sequence[tuple[Path, Path]]) -> list[list[Proof]]:
 @pytest.fixture(autouse=True)
 def _no_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge_file, "prove_in_fresh_process", prove_here)
-    monkeypatch.setattr(manifest_file, "prove_in_fresh_process", prove_here)
+    monkeypatch.setattr(verify_file, "prove_in_fresh_process", prove_here)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,7 @@ def test_auto_publishes_the_candidate_with_the_lower_loss(run: RunFolder, tmp_pa
     assert all(proof["passed"] for proof in answer["proofs"])
     assert "scoring two candidates on 6 held-out rows" in lines
     assert left_in(tmp_path) == ["release"]
+    assert "ok   no-op" in release_text(release)
 
 
 def test_a_release_holds_everything_and_its_manifest_names_it(run: RunFolder, released: Path) -> None:
@@ -155,6 +158,16 @@ def test_another_template_than_the_trained_one_is_not_published(
         merge(run.path, out=tmp_path / "release", onto="original")
 
 
+def test_a_proof_that_cannot_be_carried_out_publishes_nothing(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge_file, "prove_in_fresh_process", prove_in_fresh_process)
+    monkeypatch.setattr(fresh_file, "START", "import sys; sys.exit('the process was killed')")
+    with pytest.raises(ProofError, match="the process was killed"):
+        merge(run.path, out=tmp_path / "release", onto="original")
+    assert left_in(tmp_path) == ["release.failed.json"]
+
+
 def test_an_interrupted_merge_leaves_nothing(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -218,6 +231,7 @@ def test_verify_without_the_run_says_what_it_could_not_prove(run: RunFolder, tmp
     assert [proof.name for proof in again.proofs] == ["files"]
     assert again.not_proven is not None
     assert "no-op" in again.not_proven
+    assert "only the files were compared" in release_text(again)
 
 
 def test_verify_wants_a_release(tmp_path: Path) -> None:

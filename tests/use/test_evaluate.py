@@ -13,7 +13,7 @@ import torch
 
 from finetune.data.prepare import read_eval_examples
 from finetune.errors import UserError
-from finetune.use.evaluate import Evaluation, evaluate
+from finetune.use.evaluate import Evaluation, evaluate, evaluation_text
 from finetune.use.target import Target, find_target, load_target
 
 from .conftest import ANSWERS, QUESTIONS, save_tiny, tiny_model, write_rows
@@ -157,3 +157,6 @@ def test_an_evaluation_is_plain_json(taught: str, tmp_path: Path) -> None:
     evaluation = evaluate(taught, data=rows_with(tmp_path, ANSWERS), template="none")
     assert isinstance(evaluation, Evaluation)
     assert json.loads(json.dumps(evaluation.to_json(), allow_nan=False)) == evaluation.to_json()
+    text = evaluation_text(evaluation)
+    assert taught in text
+    assert "exact match 100.0%" in text

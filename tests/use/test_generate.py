@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from finetune.data.examples import Encoder
 from finetune.errors import UserError
 from finetune.use import generate as module
-from finetune.use.generate import Sampling, complete, completions_json, generate, raw_text, stream, user_text
+from finetune.use.generate import Sampling, complete, generate, raw_text, read_prompts, stream, user_text
 from finetune.use.target import Target, load_target, transformers_model
 
 from .conftest import CONTEXT
@@ -58,6 +58,17 @@ def test_a_batch_says_what_each_prompt_alone_says(
         ended = expected[-1] in stopping.stop_token_ids
         assert list(completion.ids) == (expected[:-1] if ended else expected)
         assert completion.stopped == ("eos" if ended else "length")
+
+
+def test_every_row_starts_at_position_0(tiny: Target) -> None:
+    # LLaMA's rotary positions are relative and would not show it; the context's end, and other families, would.
+    seen: list[torch.Tensor] = []
+    hook = tiny.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["position_ids"].cpu()), with_kwargs=True
+    )
+    complete(replace(tiny, stop_token_ids=()), [[0, 400, 401, 402], [0, 500]], max_new_tokens=3)
+    hook.remove()
+    assert [positions[:, -2:].tolist() for positions in seen] == [[[2, 3], [0, 1]], [[4], [2]], [[5], [3]]]
 
 
 def test_a_run_says_in_a_batch_what_transformers_says(run_folder: Path, prompts: list[list[int]]) -> None:
@@ -151,15 +162,25 @@ def test_a_prompt_is_one_user_turn_and_raw_is_the_text_itself(run_folder: Path) 
     assert raw_text(target, "How?") == "<s>How?"
     assert raw_text(target, "<s>How?") == "<s>How?"
     ids = [encoding.ids for encoding in Encoder(target.base).encode([user_text(target, "How?"), "<s>How?"])]
-    assert generate(target, ["How?"], max_new_tokens=4) == complete(target, ids[:1], max_new_tokens=4)
-    assert generate(target, ["How?"], raw=True, max_new_tokens=4) == complete(target, ids[1:], max_new_tokens=4)
+    for said, prompt in zip((generate(target, ["How?"]), generate(target, ["How?"], raw=True)), ids, strict=True):
+        (completion,) = complete(target, [prompt], max_new_tokens=256)
+        assert (said[0].text, said[0].tokens) == (completion.text, completion.tokens)
 
 
 def test_the_json_answer(tiny: Target) -> None:
-    completions = generate(tiny, ["a", "b"], max_new_tokens=3)
-    answer = completions_json(["a", "b"], completions)
-    assert [entry["prompt"] for entry in answer["completions"]] == ["a", "b"]
-    assert set(answer["completions"][0]) == {"prompt", "text", "stopped", "tokens"}
+    answers = [answer.to_json() for answer in generate(tiny, ["a", "b"], max_new_tokens=3)]
+    assert [answer["prompt"] for answer in answers] == ["a", "b"]
+    assert set(answers[0]) == {"prompt", "text", "stopped", "tokens"}
+
+
+def test_prompts_come_from_the_command_line_and_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("two\n\nthree é\n", encoding="utf-8")
+    assert read_prompts(["one"], file) == ["one", "two", "three é"]
+    with pytest.raises(UserError, match="cannot be read"):
+        read_prompts([], tmp_path / "none.txt")
+    with pytest.raises(UserError, match="nothing to answer"):
+        read_prompts([], None)
 
 
 def test_prompts_that_cannot_be_asked_are_refused(tiny: Target) -> None:
@@ -168,5 +189,3 @@ def test_prompts_that_cannot_be_asked_are_refused(tiny: Target) -> None:
         generate(without, ["Hello"])
     with pytest.raises(UserError, match="contains '</s>'"):
         generate(tiny, ["Hello</s>"])
-    with pytest.raises(UserError, match="nothing to answer"):
-        generate(tiny, [])

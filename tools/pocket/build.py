@@ -1,6 +1,6 @@
 """Build everything from one seed: the shipped rows, the tokenizer and the pretrained base.
 
-python tools/pocket/build.py                  rows and base into the repository (about an hour on one thread)
+python tools/pocket/build.py                  rows and base into the repository (about 25 minutes on one thread)
 python tools/pocket/build.py --rows           the rows only
 """
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", action="store_true", help="write the rows only")
     parser.add_argument("--out", type=Path, default=REPOSITORY, help="folder that gets datasets/ and finetune/assets/")
-    parser.add_argument("--tokens", type=int, default=32_000_000, help="length of pretraining")
+    parser.add_argument("--tokens", type=int, default=32_000_000, help="length of the learning rate schedule")
     parser.add_argument("--layers", type=int, default=Pretraining.layers, help="depth of the base")
     parser.add_argument("--scale", type=float, default=1.0, help="size of the world, 1 is the full one")
     options = parser.parse_args()

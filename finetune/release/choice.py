@@ -1,0 +1,69 @@
+"""Which base to merge onto: a run in, the candidate with the lower loss and both figures out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from finetune.errors import Problem, UserError
+from finetune.model.load import load_base
+from finetune.release.delta import read_deltas, round_tuned
+from finetune.release.proof import TOKENS_PER_PASS, linear_entries, make_onto
+from finetune.release.source import Source
+from finetune.release.weights import read_tensors
+from finetune.train.trainer import mean_loss
+
+Progress = Callable[[str], None]
+ONTO = ("auto", "original", "dequantized")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which base values were merged onto, why, and the losses that decided, in nats a supervised token."""
+
+    asked: str
+    chosen: str
+    reason: str
+    scores: Mapping[str, float]
+    rows: int
+    rows_from: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "scores": dict(self.scores)}
+
+
+def choose_onto(source: Source, asked: str, *, progress: Progress = lambda line: None) -> Choice:
+    """Measure both candidates as they would be published, and take the one with the lower loss.
+
+    Raises:
+        UserError: `asked` is none of auto, original, dequantized.
+    """
+    if asked not in ONTO:
+        raise UserError(Problem("--onto", f"{asked!r} is not possible; write one of {', '.join(ONTO)}"))
+    if source.model.quantization == "none":
+        return Choice(asked, "original", "the run did not quantise its base", {}, 0, None)
+    if asked != "auto":
+        return Choice(asked, asked, "as asked", {}, 0, None)
+    rows = source.rows
+    if not rows.examples:
+        return Choice(asked, "original", f"could not be measured, rows to score on: {rows.origin}", {}, 0, None)
+    progress(f"scoring two candidates on {len(rows.examples)} {rows.origin}")
+    scores = score_candidates(source)
+    best = min(scores, key=lambda name: scores[name])
+    reason = f"loss {scores[best]:.4f} over {len(rows.examples)} {rows.origin}, against {max(scores.values()):.4f}"
+    return Choice(asked, best, reason, scores, len(rows.examples), rows.origin)
+
+
+def score_candidates(source: Source) -> dict[str, float]:
+    """Mean loss over the source's rows of each candidate, rounded as published, computed in float32."""
+    deltas = read_deltas(source.adapter)
+    model = load_base(replace(source.model, quantization="none", dtype="float32"))
+    scores = {}
+    for name in ("original", "dequantized"):
+        onto = make_onto(source, name)
+        for entry, tensor in read_tensors(linear_entries(source)):
+            merged = round_tuned(onto.weight(tensor), deltas.get(entry.name), dtype=tensor.dtype)
+            model.get_parameter(entry.name).data.copy_(merged)
+        scores[name] = mean_loss(model, source.rows.examples, tokens_per_pass=TOKENS_PER_PASS)
+    return scores

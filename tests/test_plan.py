@@ -1,0 +1,212 @@
+"""The plan: every key of a recipe changes it, the same arguments repeat it, and what cannot be is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.base import read_base
+from finetune.data.prepare import prepare_data
+from finetune.errors import UserError
+from finetune.machine import Machine
+from finetune.plan import Plan, count_trainable, make_plan
+from finetune.recipe import Recipe, load_recipe
+from tests.conftest import POCKET, alpaca_rows
+
+CPU = Machine("cpu", "a laptop", 2, 16.0, 16.0, computes_bfloat16=True)
+GPU = Machine("cuda", "a GPU", 8, 64.0, 24.0, computes_bfloat16=True)
+
+# key -> (another value, what else is set on both sides so that the key has something to decide)
+ONE_OTHER_VALUE_PER_KEY: dict[str, tuple[Any, dict[str, Any]]] = {
+    "version": (2, {}),
+    "name": ("other", {}),
+    "seed": (18, {}),
+    "model.base": (str(POCKET), {}),
+    "model.revision": ("abc", {}),
+    "model.quantization": ("none", {}),
+    "model.dtype": ("float32", {}),
+    "adapter.method": ("dora", {}),
+    "adapter.rank": (8, {}),
+    "adapter.alpha": (16, {}),
+    "adapter.dropout": (0.1, {}),
+    "adapter.targets": (["q_proj"], {}),
+    "adapter.from": ("elsewhere/adapter", {}),
+    "data.train": ("other.jsonl", {}),
+    "data.eval": (3, {}),
+    "data.format": ("prompt-completion", {}),
+    "data.template": ("none", {}),
+    "data.loss_on": ("everything", {}),
+    "data.max_tokens": (20, {}),
+    "data.too_long": ("drop", {"data.max_tokens": 60}),
+    "data.empty_answer": ("drop", {"data.train": "empty.jsonl"}),
+    "data.system": ("Be brief.", {}),
+    "data.date": ("1 Jan 2000", {"data.template": "dated.jinja"}),
+    "train.objective": ("dpo", {}),
+    "train.epochs": (2, {}),
+    "train.max_steps": (7, {}),
+    "train.batch_size": (5, {}),
+    "train.tokens_per_pass": (64, {}),
+    "train.recompute": ("all", {}),
+    "train.learning_rate": (1e-3, {}),
+    "train.schedule": ("linear", {}),
+    "train.warmup": (4, {}),
+    "train.optimizer": ("adamw-8bit", {}),
+    "train.weight_decay": (0.1, {}),
+    "train.max_grad_norm": (0.5, {}),
+    "evaluate.every_steps": (5, {}),
+    "output.folder": ("elsewhere", {}),
+    "output.save_every_steps": (5, {}),
+    "output.keep_checkpoints": (1, {}),
+    "output.log_to": (["tensorboard"], {}),
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with data whose rows fit two formats, and a template that writes the date."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{**row, "prompt": "p", "completion": "c"} for row in alpaca_rows(20)]
+    rows = [{**row, "output": f"answer {index}"} for index, row in enumerate(rows)]
+    for name, written in {"rows": rows, "other": rows[:9], "empty": [*rows, {**rows[0], "output": ""}]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    (tmp_path / "dated.jinja").write_text(
+        "{{ strftime_now('%A, %d %B %Y') }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    return tmp_path
+
+
+def recipe_with(**values: Any) -> Recipe:
+    """A recipe on pocket-llama; keys are written "section.key"."""
+    recipe: dict[str, Any] = {"version": 1, "name": "tiny", "model": {"base": "builtin:pocket-llama"}}
+    for key, value in {"data.train": "rows.jsonl", **values}.items():
+        section, dot, name = key.partition(".")
+        if dot:
+            recipe.setdefault(section, {})[name] = value
+        else:
+            recipe[section] = value
+    Path("recipe.json").write_text(json.dumps(recipe))
+    return load_recipe(Path("recipe.json"))
+
+
+def plan_of(machine: Machine = CPU, **values: Any) -> Plan:
+    recipe = recipe_with(**values)
+    base = read_base(recipe.model.base, revision=recipe.model.revision)
+    return make_plan(recipe, machine, base.facts, prepare_data(recipe.data, base, seed=recipe.seed).facts)
+
+
+def outcome(values: dict[str, Any]) -> Any:
+    """The plan without its copy of the settings, in which any key would show; or why there is none."""
+    try:
+        return replace(plan_of(**values), settings={}, defaults=())
+    except UserError as error:
+        return [problem.message for problem in error.problems]
+
+
+def test_the_table_knows_every_key(here: Path) -> None:
+    assert set(ONE_OTHER_VALUE_PER_KEY) == set(recipe_with().settings())
+
+
+@pytest.mark.parametrize("key", ONE_OTHER_VALUE_PER_KEY)
+def test_every_key_changes_the_plan(here: Path, key: str) -> None:
+    other, beside = ONE_OTHER_VALUE_PER_KEY[key]
+    before, after = outcome(beside), outcome({**beside, key: other})
+    assert before != after
+    assert isinstance(after, Plan) or key in {"version", "train.objective", "data.max_tokens"}
+
+
+def test_the_same_arguments_give_the_same_plan(here: Path) -> None:
+    assert plan_of() == plan_of()
+    assert plan_of().to_json() == plan_of().to_json()
+    json.dumps(plan_of().to_json())
+
+
+def test_free_memory_and_cores_do_not_change_the_layout(here: Path) -> None:
+    other = replace(CPU, cores=64, memory_gib=512.0, device_memory_gib=512.0, device_name="a server")
+    assert plan_of(CPU) == plan_of(other)
+
+
+def test_numbers_follow_the_closed_formulas(here: Path) -> None:
+    found = plan_of(**{"train.epochs": 3, "train.batch_size": 8, "data.eval": 3})
+    shapes = read_base("builtin:pocket-llama").facts.linears
+    assert (found.examples, found.eval_examples, found.train.steps) == (17, 3, 3 * 3)
+    assert found.trainable_parameters == sum(16 * (shape.in_features + shape.out_features) for shape in shapes)
+    assert found.settings["train.max_steps"] == 9
+    assert found.to_json()["steps"] == 9
+    assert found.to_json()["tokens_per_pass"] == found.train.tokens_per_pass == 2048
+    assert found.passes_per_step == 1.0
+
+
+def test_dora_trains_a_magnitude_for_every_output(here: Path) -> None:
+    shapes = read_base("builtin:pocket-llama").facts.linears
+    targets = ("q_proj", "v_proj")
+    difference = count_trainable(shapes, targets, method="dora", rank=3) - count_trainable(
+        shapes, targets, method="lora", rank=3
+    )
+    assert difference == sum(shape.out_features for shape in shapes if shape.leaf in targets)
+
+
+@pytest.mark.parametrize(
+    ("machine", "asked", "dtype"),
+    [
+        (CPU, "auto", "bfloat16"),
+        (replace(CPU, computes_bfloat16=False), "auto", "float32"),
+        (CPU, "float32", "float32"),
+        (GPU, "float16", "float16"),
+    ],
+)
+def test_the_dtype_follows_the_machine(here: Path, machine: Machine, asked: str, dtype: str) -> None:
+    found = plan_of(machine, **{"model.dtype": asked})
+    assert found.model.dtype == found.train.dtype == found.settings["model.dtype"] == dtype
+
+
+def test_a_long_row_gets_a_pass_that_holds_it(here: Path) -> None:
+    found = plan_of()
+    assert found.train.tokens_per_pass >= max(found.tokens // found.examples, 1)
+
+
+def refusal(machine: Machine = CPU, **values: Any) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        plan_of(machine, **values)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_unknown_targets_are_told_with_the_known_ones(here: Path) -> None:
+    told = refusal(**{"adapter.targets": ["query_proj", "v_proj", "x"]})
+    known = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert told == [
+        f"adapter.targets: no linear module is called {name!r} in builtin:pocket-llama; there are: {known}; "
+        "write one of these, or `targets: all-linear`"
+        for name in ("query_proj", "x")
+    ]
+
+
+def test_what_a_cpu_cannot_do_is_told_at_once(here: Path) -> None:
+    told = refusal(**{"model.dtype": "float16", "train.optimizer": "paged-adamw-8bit", "adapter.targets": ["x"]})
+    assert [problem.split(":")[0] for problem in told] == ["adapter.targets", "model.dtype", "train.optimizer"]
+    assert told[1] == "model.dtype: float16 is for GPUs; on a CPU write auto, bfloat16 or float32"
+
+
+def test_a_row_over_the_context_is_refused(here: Path) -> None:
+    (here / "long.jsonl").write_text(json.dumps({"instruction": "x", "output": "pear " * 1500}))
+    (told,) = refusal(**{"data.train": ["rows.jsonl", "long.jsonl"], "data.max_tokens": 5000})
+    assert told.startswith("data.max_tokens: the longest row has ")
+    assert "builtin:pocket-llama reads 1024; set data.max_tokens: 1024 and data.too_long: drop" in told
+
+
+def test_a_run_over_the_memory_is_refused(here: Path) -> None:
+    (told,) = refusal(replace(CPU, device_memory_gib=0.5, device_name="a toaster"))
+    assert told.startswith("memory: about ")
+    assert "a toaster has 0.5 GiB; lower train.tokens_per_pass (now 2048), set train.recompute: all" in told
+
+
+def test_recomputation_and_smaller_passes_need_less_memory(here: Path) -> None:
+    peaks = [
+        plan_of(**values).peak_memory_gib
+        for values in ({}, {"train.recompute": "all"}, {"train.recompute": "all", "train.tokens_per_pass": 256})
+    ]
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[0] > peaks[2]
