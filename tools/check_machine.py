@@ -18,7 +18,7 @@ def main() -> None:
     print("PyTorch's default build for Linux brings several GB of CUDA libraries; more than 1 GB may be downloaded.")
     if not shutil.which("nvidia-smi"):
         print(
-            "No NVIDIA GPU was found, so its CPU build (about 0.2 GB) is enough: stop this with Ctrl-C and repeat with\n"
+            "No NVIDIA GPU was found, so its CPU build (about 0.2 GB) is enough: stop this and repeat it with\n"
             '  PIP_ARGS="--extra-index-url ADDRESS"\n'
             'where ADDRESS is the CPU address of "Get started" on pytorch.org. Where pip finds a CPU build already, '
             "nothing is to be done."
