@@ -135,7 +135,7 @@ def find_base_folder(base: str, *, revision: str | None = None) -> Path:
             raise UserError(Problem(base, "no such folder; correct the path, or give a hub id or builtin:NAME"))
         if not (path / "config.json").is_file():
             raise UserError(Problem(base, "not a base folder: it has no config.json; give a folder or a hub id"))
-        return path.resolve()
+        return path
     return _hub_folder(base, revision)
 
 
@@ -274,7 +274,7 @@ def _facts(
     return BaseFacts(
         base=base,
         revision=revision,
-        folder=folder,
+        folder=folder.absolute(),  # found again from any current folder
         model_type=str(config.get("model_type", "?")),
         layers=int(text["num_hidden_layers"]),
         hidden_size=int(text["hidden_size"]),
