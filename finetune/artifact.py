@@ -14,7 +14,7 @@ from typing import Any
 
 from finetune.base import TOKENIZER_FILES, Base, sha256_of, weight_files
 from finetune.data.template import Template
-from finetune.errors import Problem, UserError
+from finetune.errors import Problem, UserError, raise_problems
 from finetune.plan import Plan
 from finetune.recipe import DataSection
 
@@ -85,6 +85,7 @@ def open_run_folder(
     resolved = plan.to_json()
     if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
         _refuse_other_content(folder, resolved, resume=resume)
+        _refuse_other_inputs(folder, _lock(recipe_path, overrides, base, data, plan))
         return folder
     _refuse_no_adapter(plan)
     if folder.path.resolve() == Path.cwd():
@@ -134,6 +135,17 @@ def _refuse_other_content(folder: RunFolder, plan: dict[str, Any], *, resume: bo
     if not resume:
         state = "a finished" if folder.is_finished else "an unfinished"
         raise UserError(Problem(where, f"holds {state} run of this recipe; add --resume, or name another with --out"))
+
+
+def _refuse_other_inputs(folder: RunFolder, now: dict[str, Any]) -> None:
+    """A run goes on only with the very bytes it began with; the plan alone would not see a changed word."""
+    before = read_json(folder.path / "lock.json")
+    raise_problems(
+        Problem(str(folder.path), f"{name} has changed since this run began; restore it, or name another with --out")
+        for kind in ("base_sha256", "tokenizer_sha256", "data_sha256")
+        for name in sorted(before[kind].keys() | now[kind].keys())
+        if before[kind].get(name) != now[kind].get(name)
+    )
 
 
 def _read_plan(folder: RunFolder) -> dict[str, Any]:

@@ -35,6 +35,8 @@ TemplateName = Annotated[
 ]
 SystemText = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A system turn before the first.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")]
+TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from this much of the probability.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="The source of randomness when sampling.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token each time.")]
 
 
@@ -102,6 +104,8 @@ def generate(
     system: SystemText = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 17,
     as_json: AsJson = False,
 ) -> None:
     """Text from a run, adapter, merged folder or base."""
@@ -114,7 +118,14 @@ def generate(
     prompts = read_prompts(prompt or (), file)
     loaded = load_target(target, template=template)
     answers = complete_prompts(
-        loaded, prompts, raw=raw, system=system, max_new_tokens=max_new_tokens, temperature=temperature
+        loaded,
+        prompts,
+        raw=raw,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
     )
     _answer({"completions": [a.to_json() for a in answers]}, as_json, "\n\n".join(a.text for a in answers))
 
@@ -126,6 +137,8 @@ def chat(
     system: SystemText = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 17,
 ) -> None:
     """Talk with a run, adapter, merged folder or base."""
     _prepare(offline=False)
@@ -133,7 +146,14 @@ def chat(
     from finetune.use.chat import chat as talk
     from finetune.use.target import load_target
 
-    talk(load_target(target, template=template), system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+    talk(
+        load_target(target, template=template),
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
 
 
 @app.command()

@@ -219,6 +219,15 @@ def test_a_folder_with_another_run_is_refused(tiny_base: Path, tmp_path: Path) -
         run(path, ["train.learning_rate=0.5"], resume=True)
 
 
+def test_a_run_goes_on_only_with_the_same_bytes(tiny_base: Path, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, tiny_base, alpaca_rows(4), train__max_steps=1)
+    run(path)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in reversed(alpaca_rows(4))))
+    with pytest.raises(UserError, match=r"rows\.jsonl has changed since this run began"):
+        run(path, resume=True)
+
+
 def test_the_run_folder_is_complete(tiny_base: Path, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, tiny_base, alpaca_rows(10), data__eval=2, evaluate__every_steps=2)
     folder = run(path).path
