@@ -69,8 +69,8 @@ def quiet_libraries() -> None:
 def share_cores() -> None:
     """Let waiting threads sleep instead of spin; set before torch is imported.
 
-    Spinning is a little faster on an idle machine and many times slower as soon as another program wants a core: the
-    small products of a small model then wait for a thread that is not running. benchmarks/shared_cores.py measures it.
+    Spinning gains nothing on an idle machine, and as soon as another program wants a core the small products of a small
+    model wait for a thread that is not running. benchmarks/shared_cores.py measures it: 2.3 times slower beside one.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
