@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from finetune.errors import FinetuneError, Problem, UserError
+from finetune.errors import FinetuneError, Interrupted, OutOfMemoryError, Problem, UserError
 from finetune.machine import go_offline, quiet_libraries, share_cores
 
 app = typer.Typer(
@@ -281,15 +282,17 @@ def main() -> None:
         _report(error)
         raise SystemExit(error.code) from None
     except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        raise SystemExit(130) from None
+        _report(Interrupted(Problem("finetune", "interrupted"), signal_number=signal.SIGINT))
+        raise SystemExit(128 + signal.SIGINT) from None
     except MemoryError:
-        typer.echo("out of memory; lower train.tokens_per_pass or set train.recompute: all", err=True)
-        raise SystemExit(5) from None
-    except Exception:
+        cure = "out of memory; lower train.tokens_per_pass or set train.recompute: all"
+        _report(OutOfMemoryError(Problem("memory", cure)))
+        raise SystemExit(OutOfMemoryError.code) from None
+    except Exception as error:
         traceback.print_exc()
-        typer.echo("This is a bug in finetune. Please report it with the lines above and your recipe.", err=True)
-        raise SystemExit(1) from None
+        cure = "a bug in finetune; please report it with the lines above and your recipe"
+        _report(FinetuneError(Problem(type(error).__name__, cure)))
+        raise SystemExit(FinetuneError.code) from None
 
 
 def _prepare(offline: bool) -> None:

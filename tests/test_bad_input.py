@@ -238,3 +238,22 @@ def test_bad_data_is_told_before_anything_heavy_is_imported(here: Path) -> None:
         [sys.executable, "-c", code], cwd=here, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "words"),
+    [("KeyboardInterrupt()", 130, "interrupted"), ("MemoryError()", 5, "tokens_per_pass"), ("KeyError('x')", 1, "bug")],
+)
+def test_every_failure_prints_its_json_object(failure: str, code: int, words: str) -> None:
+    program = (
+        "import sys, finetune.cli as cli\n"
+        f"def broken(): raise {failure}\n"
+        "cli.app = broken\n"
+        "sys.argv = ['finetune', 'plan', 'x', '--json']\n"
+        "cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    error = json.loads(done.stdout)["error"]
+    assert error["code"] == code
+    assert words in error["problems"][0]["message"]
