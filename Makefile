@@ -5,14 +5,29 @@ PIP_ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+LLAMA_CPP := build/llama-cpp
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak test-llama-cpp lint clean
 
 demo: $(READY)
 	$(RUN) tools/demo.py
 
 test: lint
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --durations=10
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --durations=10 -m "not soak"
+
+soak: $(READY)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --durations=20 -m soak
+
+# Exported GGUF files against llama.cpp itself, which is compiled once: cmake, a C++ compiler, five minutes on two cores.
+test-llama-cpp: $(READY) $(LLAMA_CPP)/.ready
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) tools/llama_cpp/export.py build/llama-cpp-files
+	$(LLAMA_CPP)/bin/python tools/llama_cpp/check.py build/llama-cpp-files
+
+$(LLAMA_CPP)/.ready: tools/llama_cpp/requirements.txt
+	test -x $(LLAMA_CPP)/bin/python || $(PYTHON) -m venv $(LLAMA_CPP)
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(LLAMA_CPP)/bin/python -m pip install --quiet $(PIP_ARGS) \
+		--constraint constraints.txt --no-binary llama-cpp-python --requirement tools/llama_cpp/requirements.txt
+	touch $(LLAMA_CPP)/.ready
 
 lint: $(READY)
 	$(RUN) -m ruff check .
@@ -29,4 +44,4 @@ $(READY): constraints.txt pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs releases
+	rm -rf $(VENV) $(LLAMA_CPP) build/llama-cpp-files runs releases

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.base import TOKENIZER_FILES, Base, sha256_of, weight_files
+from finetune.data.sources import source_files
 from finetune.data.template import Template
 from finetune.errors import Problem, UserError, raise_problems
 from finetune.plan import Plan
@@ -187,7 +188,8 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _lock(recipe_path: Path, overrides: Sequence[str], base: Base, data: DataSection, plan: Plan) -> dict[str, Any]:
     """Everything the run depends on: versions of the software, sha256 of every input."""
-    files = [*data.train_files, *([data.eval_file] if data.eval_file else [])]
+    sections = [*data.sources, *([data.eval_source] if data.eval_source else [])]
+    files = dict.fromkeys(file for section in sections for file in source_files(section))
     tokenizer_files = [base.tokenizer_folder / name for name in TOKENIZER_FILES]
     return {
         "finetune": version_of("finetune-toolkit"),
@@ -198,7 +200,7 @@ def _lock(recipe_path: Path, overrides: Sequence[str], base: Base, data: DataSec
         "base": base.facts.base,
         "base_sha256": {file.name: sha256_of(file) for file in weight_files(base.facts.folder)},
         "tokenizer_sha256": {file.name: sha256_of(file) for file in tokenizer_files if file.is_file()},
-        "data_sha256": {name: sha256_of(Path(name).expanduser()) for name in files},
+        "data_sha256": {str(file): sha256_of(file) for file in files},
         "template_sha256": plan.template_sha256,
         "date": data.date,
         "device": plan.model.device,

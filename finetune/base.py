@@ -11,13 +11,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import Problem, UserError
 from finetune.machine import cache_folder
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 ASSETS = Path(__file__).parent / "assets"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
@@ -86,11 +88,32 @@ class Base:
     """A base as text sees it: facts, tokenizer and the strings its template may use."""
 
     facts: BaseFacts
-    tokenizer: Tokenizer = field(repr=False)
     tokenizer_folder: Path
     bos_token: str | None
     eos_token: str | None
     chat_template: str | None = field(repr=False)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, read when it is first asked for: labelled rows that are cached need none."""
+        return load_tokenizer(self.tokenizer_folder / "tokenizer.json")
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The control tokens and their ids, read without loading the tokenizer.
+
+        Raises:
+            UserError: the tokenizer's file is damaged.
+        """
+        file = self.tokenizer_folder / "tokenizer.json"
+        try:
+            text = file.read_text(encoding="utf-8")
+            # The list stands before the vocabulary, which takes a hundred times as long to read.
+            start = text.index("[", text.index('"added_tokens"'))
+            added, _ = json.JSONDecoder().raw_decode(text, start)
+            return {token["content"]: token["id"] for token in added if token["special"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(Problem(str(file), f"the tokenizer cannot be read: {_first_line(error)}")) from error
 
     def token_id(self, token: str) -> int:
         token_id = self.tokenizer.token_to_id(token)
@@ -112,7 +135,6 @@ def read_base(base: str, *, revision: str | None = None) -> Base:
     settings = _read_json(tokenizer_folder / "tokenizer_config.json")
     return Base(
         facts=_facts(base, revision, folder, config, tensors),
-        tokenizer=load_tokenizer(tokenizer_folder / "tokenizer.json"),
         tokenizer_folder=tokenizer_folder,
         bos_token=_token_text(settings.get("bos_token")),
         eos_token=_token_text(settings.get("eos_token")),
@@ -198,6 +220,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises:
         UserError: the file is damaged.
     """
+    from tokenizers import Tokenizer  # only now: where the rows are cached, nothing is tokenised
+
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception

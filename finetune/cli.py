@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from finetune.cli_text import check_text, plan_text, reading_line, train_text
 from finetune.errors import FinetuneError, Interrupted, OutOfMemoryError, Problem, UserError
 from finetune.machine import go_offline, quiet_libraries, share_cores
 
@@ -58,7 +59,7 @@ def train(
 
     folder = run(recipe, overrides or (), out=out, resume=resume)
     result = {"run": str(folder.path), **folder.result}
-    _answer(result, as_json, _train_text(result))
+    _answer(result, as_json, train_text(result))
 
 
 @app.command()
@@ -68,7 +69,30 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = Fals
     from finetune.resolve import resolve
 
     values = resolve(recipe, overrides or ()).plan.to_json()
-    _answer(values, as_json, _plan_text(values))
+    _answer(values, as_json, plan_text(values))
+
+
+@app.command()
+def check(
+    recipe: RecipeFile,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="recipe|data", help="No more than the recipe, or it and the data.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    offline: Offline = False,
+) -> None:
+    """Prove what can be proven before training: recipe, every row, template, labels, memory, disk."""
+    _prepare(offline)
+    from finetune.check import check as prove
+
+    with reading_line() as progress:
+        checked = prove(recipe, overrides or (), only=only, progress=progress)
+    values, error = checked.to_json(), checked.error()
+    if not (error and as_json):
+        _answer(values, as_json, check_text(values, colour=sys.stdout.isatty()))
+    if error:
+        raise error
 
 
 @app.command()
@@ -80,17 +104,29 @@ def show(
     split: Annotated[
         str | None, typer.Option("--split", metavar="train|eval", help="Only a training or only a held-out row.")
     ] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", metavar="K", help="All rows of a step, from 1, as passes.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page to look through.")] = None,
+    rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="So many rows on the page.")] = 300,
     overrides: Overrides = None,
     as_json: AsJson = False,
+    offline: Offline = False,
 ) -> None:
-    """A row as the model sees it: which tokens are learned, special tokens visible."""
-    _prepare(offline=False)
-    from finetune.data.show import find_example, row_text
-    from finetune.resolve import resolve_data
+    """Rows as the model sees them: which tokens are learned, special tokens visible."""
+    _prepare(offline)
+    from finetune.show import read_recipe_data, show_page, show_row, show_step
 
-    data = resolve_data(recipe, overrides or ())
-    shown = find_example(data, row, split=split)
-    _answer(shown.to_json(), as_json, row_text(shown, colour=sys.stdout.isatty()))
+    with reading_line() as progress:
+        asked, data = read_recipe_data(recipe, overrides or (), progress=progress)
+    colour = sys.stdout.isatty()
+    if html:
+        values, text = show_page(asked, data, html, rows=rows)
+    elif step is not None:
+        values, text = show_step(asked, data, step, colour=colour)
+    else:
+        values, text = show_row(data, row, split=split, colour=colour)
+    _answer(values, as_json, text)
 
 
 @app.command()
@@ -322,45 +358,12 @@ def _answer(values: Mapping[str, Any], as_json: bool, text: str) -> None:
 def _report(error: FinetuneError) -> None:
     for problem in error.problems:
         typer.echo(str(problem), err=True)
-    if len(error.problems) > 1:
-        typer.echo(f"{len(error.problems)} problems", err=True)
+    if error.total > 1:
+        typer.echo(f"{error.total} problems", err=True)
     if "--json" in sys.argv:
-        typer.echo(json.dumps({"error": {"code": error.code, "problems": [_problem(p) for p in error.problems]}}))
+        failure = {"code": error.code, "problems": [_problem(p) for p in error.problems]}
+        typer.echo(json.dumps({**error.answer, "error": failure}))
 
 
 def _problem(problem: Problem) -> dict[str, str]:
     return {"where": problem.where, "message": problem.message}
-
-
-def _train_text(result: Mapping[str, Any]) -> str:
-    held_out = "" if result["eval_loss"] is None else f", held-out loss {result['eval_loss']:.4f}"
-    run = result["run"]
-    return (
-        f"{result['steps']} steps, {result['examples']} examples, {result['supervised_tokens']:,} supervised tokens\n"
-        f"training loss {result['train_loss']:.4f} (last 20 steps){held_out}\n"
-        f"{result['seconds']:.0f} s, {result['tokens_per_second']:,.0f} tokens/s, "
-        f"peak {result['peak_memory_gib']:.2f} GiB\n"
-        f"{run}/adapter loads with plain PEFT; the loss curve is {run}/loss.png\n"
-        f"next: finetune chat {run}, or finetune merge {run} --out releases/{Path(run).name}"
-    )
-
-
-def _plan_text(values: Mapping[str, Any]) -> str:
-    defaults = set(values["defaults"])
-    estimated = set(values["estimated"])
-    numbers = [
-        "steps", "examples", "eval_examples", "tokens", "supervised_tokens", "base_parameters", "trainable_parameters",
-        "tokens_per_pass", "passes_per_step", "peak_memory_gib", "disk_gib",
-    ]  # fmt: skip
-    lines = [f"{key:22} {_number(values[key])}{'  (estimated)' if key in estimated else ''}" for key in numbers]
-    dropped = ", ".join(f"{count} {reason}" for reason, count in values["dropped"].items()) or "none"
-    lines += [f"{'rows dropped':22} {dropped}", ""]
-    lines += [
-        f"{key:28} {json.dumps(value, ensure_ascii=False)}{'  (default)' if key in defaults else ''}"
-        for key, value in values["settings"].items()
-    ]
-    return "\n".join(lines)
-
-
-def _number(value: Any) -> str:
-    return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,10 @@ class FinetuneError(Exception):
 
     code = 1
 
-    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+    def __init__(self, problems: Problem | Iterable[Problem], *, total: int | None = None) -> None:
         self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        self.total = len(self.problems) if total is None else total  # where only the first of a kind are listed
+        self.answer: Mapping[str, Any] = {}  # what a failing command knows nevertheless; printed with --json
         super().__init__("\n".join(map(str, self.problems)))
 
 

@@ -8,15 +8,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from finetune.base import BaseFacts, LinearShape
 from finetune.errors import Problem, raise_problems
-from finetune.layout import count_steps, cut_into_passes, lay_out_steps
+from finetune.layout import Mixture, count_steps, cut_into_passes, lay_out_steps
 from finetune.machine import GIB, Machine
 from finetune.recipe import Recipe
 
 # Bits a frozen weight takes. NF4, double quantised: 4 + 8/64 + 32/(64*256) (QLoRA, arXiv:2305.14314, section 3).
 STORED_BITS = {"nf4": 4.127, "fp4": 4.127, "int8": 8.0}
 ADAPTER_BYTES_PER_PARAMETER = {"adamw": 16, "adamw-8bit": 10, "paged-adamw-8bit": 10}  # weight, gradient, two moments
+STEPS_LAID_OUT = 5000  # so many steps are laid out to count their passes
 AUTO_TOKENS_PER_PASS = {"cpu": 2048, "cuda": 8192}
 RUNTIME_GIB = {"cpu": 1.3, "cuda": 1.2}  # the libraries themselves, before a weight is loaded
 GATHERED_LOGITS_BYTES = (
@@ -37,11 +40,14 @@ class DataFacts:
     template_sha256: str
     rows_read: int
     dropped: Mapping[str, int]
-    train_tokens: tuple[int, ...]
-    train_supervised: tuple[int, ...]
+    train_tokens: np.ndarray
+    train_supervised: np.ndarray
+    truncated_tokens: int
     straddling_tokens: int  # learned tokens that begin in the context and end in the answer
-    eval_tokens: tuple[int, ...]
+    eval_tokens: np.ndarray
     stop_token_ids: tuple[int, ...]
+    source_examples: tuple[int, ...]  # of the training examples, by source
+    source_weights: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ class TrainPlan:
 
     steps: int
     batch_size: int
+    mixture: Mixture
     learning_rate: float
     schedule: str
     warmup_steps: int
@@ -108,6 +115,7 @@ class Plan:
     eval_examples: int
     tokens: int  # of one trip through the training rows
     supervised_tokens: int
+    truncated_tokens: int
     straddling_tokens: int  # of the supervised ones, those that begin in the context
     rows_read: int
     dropped: Mapping[str, int]
@@ -141,11 +149,6 @@ def make_plan(recipe: Recipe, machine: Machine, base: BaseFacts, data: DataFacts
     raise_problems(problems)
     dtype = _resolve_dtype(recipe, machine)
     train = _train_plan(recipe, machine, data, dtype)
-    layout = lay_out_steps(len(data.train_tokens), batch_size=train.batch_size, steps=train.steps, seed=recipe.seed)
-    passes = sum(
-        len(cut_into_passes([data.train_tokens[i] for i in step], tokens_per_pass=train.tokens_per_pass))
-        for step in layout
-    )
     trainable = count_trainable(base.linears, targets, method=recipe.adapter.method, rank=recipe.adapter.rank)
     adapter_gib = trainable * 4 / GIB
     plan = Plan(
@@ -164,8 +167,9 @@ def make_plan(recipe: Recipe, machine: Machine, base: BaseFacts, data: DataFacts
         train=train,
         examples=len(data.train_tokens),
         eval_examples=len(data.eval_tokens),
-        tokens=sum(data.train_tokens),
-        supervised_tokens=sum(data.train_supervised),
+        tokens=int(data.train_tokens.sum()),
+        supervised_tokens=int(data.train_supervised.sum()),
+        truncated_tokens=data.truncated_tokens,
         straddling_tokens=data.straddling_tokens,
         rows_read=data.rows_read,
         dropped=data.dropped,
@@ -175,15 +179,24 @@ def make_plan(recipe: Recipe, machine: Machine, base: BaseFacts, data: DataFacts
         stop_token_ids=data.stop_token_ids,
         trainable_parameters=trainable,
         base_parameters=base.parameters,
-        passes_per_step=passes / train.steps,
+        passes_per_step=_passes_per_step(train, data),
         peak_memory_gib=round(_peak_memory_gib(recipe, base, data, train, trainable), 3),
         disk_gib=round(adapter_gib * (1 + 3 * train.keep_checkpoints) + base.stored_bytes / GIB, 3),
         settings=_settings(recipe, train, targets, data, dtype),
         defaults=tuple(key for key in recipe.settings() if key not in recipe.given_keys()),
-        estimated=("peak_memory_gib", "disk_gib"),
+        estimated=("peak_memory_gib", "disk_gib", *(["passes_per_step"] if train.steps > STEPS_LAID_OUT else [])),
     )
     _refuse_too_large(plan, machine)
     return plan
+
+
+def _passes_per_step(train: TrainPlan, data: DataFacts) -> float:
+    """The mean over the run; of a very long run over its first steps."""
+    steps = min(train.steps, STEPS_LAID_OUT)
+    layout = lay_out_steps(train.mixture, batch_size=train.batch_size, steps=steps, seed=train.seed)
+    tokens = data.train_tokens.tolist()
+    passes = [cut_into_passes([tokens[i] for i in step], tokens_per_pass=train.tokens_per_pass) for step in layout]
+    return sum(map(len, passes)) / steps
 
 
 def count_trainable(linears: tuple[LinearShape, ...], targets: tuple[str, ...], *, method: str, rank: int) -> int:
@@ -219,14 +232,14 @@ def _machine_problems(recipe: Recipe, machine: Machine) -> list[Problem]:
 
 
 def _context_problems(recipe: Recipe, base: BaseFacts, data: DataFacts) -> list[Problem]:
-    longest = max(data.train_tokens + data.eval_tokens)
+    longest = int(max(data.train_tokens.max(), data.eval_tokens.max(initial=0)))
     if longest <= base.context_tokens:
         return []
     return [
         Problem(
             "data.max_tokens",
             f"the longest row has {longest} tokens, {base.base} reads {base.context_tokens}; "
-            f"set data.max_tokens: {base.context_tokens} and data.too_long: drop, or shorten the rows",
+            f"set data.max_tokens: {base.context_tokens} and data.too_long: drop or truncate, or shorten the rows",
         )
     ]
 
@@ -251,12 +264,15 @@ def _model_plan(recipe: Recipe, machine: Machine, base: BaseFacts, dtype: str) -
 
 def _train_plan(recipe: Recipe, machine: Machine, data: DataFacts, dtype: str) -> TrainPlan:
     asked = recipe.train
-    steps = asked.max_steps or count_steps(len(data.train_tokens), batch_size=asked.batch_size, epochs=asked.epochs)
-    automatic = max(AUTO_TOKENS_PER_PASS[machine.device], *data.train_tokens)
+    mixture = Mixture(data.source_examples, data.source_weights)
+    per_epoch = mixture.examples_per_epoch
+    steps = asked.max_steps or count_steps(per_epoch, batch_size=asked.batch_size, epochs=asked.epochs)
+    automatic = max(AUTO_TOKENS_PER_PASS[machine.device], int(data.train_tokens.max()))
     warmup_steps = asked.warmup if isinstance(asked.warmup, int) else math.ceil(asked.warmup * steps)
     return TrainPlan(
         steps=steps,
         batch_size=asked.batch_size,
+        mixture=mixture,
         learning_rate=asked.learning_rate,
         schedule=asked.schedule,
         warmup_steps=warmup_steps,
@@ -284,12 +300,12 @@ def _peak_memory_gib(recipe: Recipe, base: BaseFacts, data: DataFacts, train: Tr
     linear_bits = STORED_BITS.get(recipe.model.quantization, 8 * element_bytes)
     weights = in_linears * linear_bits / 8 + (base.parameters - in_linears) * element_bytes
     adapters = trainable * ADAPTER_BYTES_PER_PARAMETER[train.optimizer]
-    pass_tokens = max(min(train.tokens_per_pass, sum(sorted(data.train_tokens)[-train.batch_size :])), 1)
+    pass_tokens = max(min(train.tokens_per_pass, int(np.sort(data.train_tokens)[-train.batch_size :].sum())), 1)
     kept_per_layer = sum(linear.in_features + linear.out_features for linear in base.linears) / max(base.layers, 1)
     layers_kept = 1 if train.recompute else base.layers
     activations = pass_tokens * kept_per_layer * layers_kept * element_bytes * KEPT_PER_LINEAR
     activations += pass_tokens * base.hidden_size * base.layers * element_bytes
-    supervised_share = sum(data.train_supervised) / max(sum(data.train_tokens), 1)
+    supervised_share = float(data.train_supervised.sum()) / max(int(data.train_tokens.sum()), 1)
     logits = pass_tokens * supervised_share * base.vocabulary * GATHERED_LOGITS_BYTES
     return RUNTIME_GIB[train.device] + (weights + adapters + activations + logits) / GIB
 

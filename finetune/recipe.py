@@ -40,6 +40,28 @@ Count = Annotated[int, Field(ge=1, le=LARGEST_NUMBER)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Names = Annotated[Texts, AfterValidator(_each_once), Field(json_schema_extra=UNIQUE_ITEMS)]
 Logger = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+DropReason = Literal[  # the reasons of finetune/data/rows.py
+    "invalid_json",
+    "invalid_text",
+    "invalid_table",
+    "row_too_large",
+    "not_an_object",
+    "other_format",
+    "missing_column",
+    "wrong_type",
+    "bad_turns",
+    "bad_tool_call",
+    "empty_prompt",
+    "empty_answer",
+    "undesired_answer",
+    "template_refuses",
+    "template_drops_turn",
+    "template_unproven",
+    "private_characters",
+    "never_stops",
+    "too_long",
+    "no_supervised_token",
+]
 
 
 class _Section(BaseModel):
@@ -80,45 +102,99 @@ class AdapterSection(_Section):
     )
 
 
+class SourceSection(_Section):
+    """One source of rows, where more is to be said than its path."""
+
+    source: Text = Field(description="A file, a folder of files, or hub:OWNER/NAME[:SPLIT]")
+    rows: Count | None = Field(
+        default=None, description="How many of its rows are read, from the first; null reads all"
+    )
+    weight: Annotated[float, Field(gt=0, le=100)] = Field(
+        default=1.0,
+        description="How often each of its rows is trained on in one epoch; 0.5 takes another half each epoch",
+    )
+    columns: dict[Text, Text] | None = Field(
+        default=None, description="Its columns under other names: {name in the file: name that a format knows}"
+    )
+
+
 class DataSection(_Section):
     """The data: which rows, and how they become tokens and labels."""
 
-    train: Annotated[Text | Texts, Expects("a path or a list of paths")] = Field(
-        description="The path of the training rows, or a list of paths"
-    )
+    train: Annotated[
+        Text | SourceSection | Annotated[tuple[Text | SourceSection, ...], Field(min_length=1)],
+        Expects("a path, hub:OWNER/NAME, a source with keys (source, rows, weight, columns), or a list of these"),
+    ] = Field(description="The training rows: a path, a folder, hub:OWNER/NAME[:SPLIT], or a list of sources")
     eval: Annotated[
-        Fraction | Count | Text | None,
-        Expects("a fraction between 0 and 1, a whole number of rows, a path, or null for no evaluation"),
+        Fraction | Count | Text | SourceSection | None,
+        Expects("a fraction between 0 and 1, a whole number of rows, a path, a source, or null for no evaluation"),
     ] = Field(
-        default=None, description="Rows held out: a fraction or a number of the training rows, or a path of its own"
+        default=None, description="Rows held out: a fraction or a number of the training rows, or a source of its own"
     )
-    format: Literal["auto", "alpaca", "messages", "prompt-completion"] = Field(
-        default="auto", description="The shape of a row; auto looks at the rows"
+    format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt-completion", "preference", "text"] = Field(
+        default="auto", description="The shape of a row; auto looks at the first row of each source"
     )
     template: Annotated[
-        Literal["auto", "alpaca", "none"] | Annotated[str, Field(pattern=r"\S\.jinja$")],
-        Expects("auto, alpaca, none or a path that ends in .jinja"),
+        Literal["auto", "none", "alpaca", "vicuna", "llama2", "llama3", "chatml", "mistral", "zephyr"]
+        | Annotated[str, Field(pattern=r"\S\.jinja$")],
+        Expects(
+            "auto, none, alpaca, vicuna, llama2, llama3, chatml, mistral, zephyr or a path that ends in .jinja",
+        ),
     ] = Field(default="auto", description="The chat template; auto takes the base's own, else alpaca")
     loss_on: Literal["assistant", "last-assistant", "everything"] = Field(
         default="assistant", description="The part of a conversation that is learned"
     )
     max_tokens: Count = Field(default=2048, description="Longest example in tokens")
-    too_long: Literal["error", "drop"] = Field(default="error", description="What happens to a longer example")
+    too_long: Literal["error", "drop", "truncate"] = Field(
+        default="error", description="What happens to a longer example"
+    )
+    truncate: Literal["prompt", "answer"] = Field(
+        default="prompt",
+        description="The side that too_long: truncate cuts: the oldest words of the prompt, or the end of the answer",
+    )
     empty_answer: Literal["error", "drop"] = Field(
         default="error", description="What happens to a row without an answer"
+    )
+    special_tokens: Literal["text", "control"] = Field(
+        default="text",
+        description="What a control token's text means inside a row: ordinary text, or the control token",
+    )
+    deduplicate: Literal["none", "exact", "near"] = Field(
+        default="none", description="Drop later copies of a row; near: also those equal but for case and white space"
+    )
+    leaked: Literal["keep", "drop", "error"] = Field(
+        default="keep",
+        description="What happens to a held-out row that is a training row too (case, white space folded)",
+    )
+    drop: Annotated[tuple[DropReason, ...], AfterValidator(_each_once), Field(json_schema_extra=UNIQUE_ITEMS)] = Field(
+        default=(), description="Reasons for which a row is dropped and counted instead of refused"
     )
     system: str | None = Field(default=None, description="System prompt of rows that have none of their own")
     date: Text = Field(default="26 Jul 2024", description="The date told to a template that asks the clock")
 
     @property
-    def train_files(self) -> tuple[str, ...]:
-        """The training files, one or several, as a tuple."""
-        return (self.train,) if isinstance(self.train, str) else self.train
+    def sources(self) -> tuple[SourceSection, ...]:
+        """The sources of the training rows, one or several, all in the long form."""
+        several = self.train if isinstance(self.train, tuple) else (self.train,)
+        return tuple(SourceSection(source=each) if isinstance(each, str) else each for each in several)
 
     @property
-    def eval_file(self) -> str | None:
-        """The evaluation file, or None where evaluation rows are held out or there are none."""
-        return self.eval if isinstance(self.eval, str) else None
+    def eval_source(self) -> SourceSection | None:
+        """The source of evaluation rows, or None where they are held out or there are none."""
+        if isinstance(self.eval, str):
+            return SourceSection(source=self.eval)
+        return self.eval if isinstance(self.eval, SourceSection) else None
+
+    @property
+    def all_sources(self) -> tuple[SourceSection, ...]:
+        """The sources of the training rows, and last that of the evaluation rows if they have one of their own."""
+        return (*self.sources, *([self.eval_source] if self.eval_source else []))
+
+    @property
+    def dropped_reasons(self) -> frozenset[str]:
+        """Why a row is dropped and counted instead of refused."""
+        further = {"empty_answer": self.empty_answer, "too_long": self.too_long}
+        return frozenset({*self.drop, *(reason for reason, choice in further.items() if choice == "drop")})
 
 
 class TrainSection(_Section):
@@ -251,7 +327,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     flaws = list(document.flaws)
     for keys, message in errors:
         if keys[:2] in changes:
-            problems.append(Problem(changes[keys[:2]].where, message))
+            inside = "".join(f"{key}: " for key in keys[2:] if isinstance(key, str))
+            problems.append(Problem(changes[keys[:2]].where, inside + message))
         elif not any(_inside(keys, other) or _inside(other, keys) for other in unread):
             flaws.append(Flaw(_nearest_line(keys, document), keys, message))
     raise_problems([*_in_file(flaws, path), *problems])

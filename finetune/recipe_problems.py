@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -13,6 +13,8 @@ from pydantic.fields import FieldInfo
 
 from finetune.recipe_yaml import Keys
 
+SOURCE = "SourceSection"  # the part of a pydantic location that says: inside a source written out with keys
+SOURCE_KEYS = ("source", "rows", "weight", "columns")
 TOP = ""  # stands for the top level where sections are counted by name
 
 
@@ -49,6 +51,8 @@ def explain(
 ) -> Iterator[tuple[Keys, str]]:
     """One (keys, message) for each thing that is wrong with the values; the several errors of a union are one."""
     seen: set[Keys] = set()
+    errors = list(errors)
+    inner = dict(_inside_sources(errors, values))
     for error in errors:
         loc = error["loc"]
         keys: Keys = loc[:2]
@@ -56,11 +60,42 @@ def explain(
         expects = _expects(field)
         if field is None:
             yield keys, unknown_key(keys, section_keys(recipe))
+        elif keys in inner:
+            if keys not in seen:
+                seen.add(keys)
+                yield from inner[keys]
         elif expects is None or error["type"] == "missing":
             yield keys + tuple(part for part in loc[2:] if isinstance(part, int)), _say(error, field)
         elif keys not in seen:
             seen.add(keys)
             yield keys, _say_expected(expects, field, _value_at(values, keys))
+
+
+def _inside_sources(
+    errors: Sequence[Mapping[str, Any]], values: Mapping[str, Any]
+) -> Iterator[tuple[Keys, list[tuple[Keys, str]]]]:
+    """For each key that holds sources written out with keys: what is wrong inside those, instead of with the whole."""
+    for keys in dict.fromkeys(error["loc"][:2] for error in errors):
+        found = []
+        for error in errors:
+            loc = error["loc"]
+            if loc[:2] != keys or SOURCE not in loc or loc[-1] == SOURCE:
+                continue
+            path = keys + tuple(part for part in loc[2:] if isinstance(part, int))
+            if isinstance(_value_at(values, path), dict):
+                found.append((path + loc[loc.index(SOURCE) + 1 :][:1], _say_in_source(error)))
+        if found:
+            yield keys, found
+
+
+def _say_in_source(error: Mapping[str, Any]) -> str:
+    if error["type"] == "extra_forbidden":
+        near = did_you_mean(str(error["loc"][-1]), SOURCE_KEYS)
+        return "unknown key" + (near or f"; possible here: {', '.join(SOURCE_KEYS)}")
+    if error["type"] == "missing":
+        return "is required: a file, a folder of files, or hub:OWNER/NAME"
+    words = {"got": show(error["input"])} | dict(error.get("ctx", {}))
+    return WORDING.get(error["type"], "cannot be read, got {got}").format(**words)
 
 
 def _value_at(values: Any, keys: Keys) -> Any:

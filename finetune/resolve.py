@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.base import Base, read_base
-from finetune.data.prepare import PreparedData, find_data_problems, prepare_data
+from finetune.data.prepare import PreparedData, prepare_data
 from finetune.errors import UserError
 from finetune.machine import probe_machine
 from finetune.plan import Plan, make_plan
@@ -45,5 +45,7 @@ def _read_base_and_data(recipe: Recipe) -> tuple[Base, PreparedData]:
     try:
         base = read_base(recipe.model.base, revision=recipe.model.revision)
     except UserError as error:
+        from finetune.data.trace import find_data_problems  # what reads rows without the cache
+
         raise UserError([*error.problems, *find_data_problems(recipe.data)]) from error
     return base, prepare_data(recipe.data, base, seed=recipe.seed)

@@ -86,7 +86,8 @@ def _summary(path: Path) -> str:
 
 def _files_of(recipe: Recipe) -> list[Path]:
     template = recipe.data.template if recipe.data.template.endswith(".jinja") else None
-    return [Path(file) for file in (*recipe.data.train_files, recipe.data.eval_file, template) if file is not None]
+    named = [source.source for source in recipe.data.all_sources if not source.source.startswith("hub:")]
+    return [Path(file) for file in (*named, template) if file is not None]
 
 
 def _obstacle(source: Path, target: Path) -> Problem | None:

@@ -106,44 +106,54 @@ CASES: dict[str, tuple[tuple[str, ...], list[tuple[str, str]]]] = {
     "no data file": ((*TRAIN, "--set", "data.train=row.jsonl"), [("row.jsonl", "in the same folder: ")]),
     "wrong columns": (
         (*TRAIN, "--set", "data.train=columns.jsonl"),
-        [("columns.jsonl:1", "no known format has these columns: answer, question; rename them (alpaca: instruction")],
+        [
+            (
+                "columns.jsonl:1",
+                "columns: no known format has these, got answer, question; rename its columns, or map them",
+            )
+        ],
     ),
     "columns missing later": (
         (*TRAIN, "--set", "data.train=later.jsonl"),
         [
-            ("later.jsonl:2", "output: this column is missing; the row has: instruction"),
-            ("later.jsonl:4", "instruction: this column is missing; the row has: output"),
+            ("later.jsonl:2", "output: this column of alpaca is missing, got instruction; rename"),
+            ("later.jsonl:4", "instruction: this column of alpaca is missing, got output; rename"),
         ],
     ),
     "lines that are no JSON": (
         (*TRAIN, "--set", "data.train=broken.jsonl"),
         [
-            ("broken.jsonl:2", "invalid JSON: Expecting value"),
-            ("broken.jsonl:4", "a row must be an object"),
-            ("broken.jsonl:6", "invalid JSON: Expecting property name"),
+            ("broken.jsonl:2", "line: not JSON at column 16, the row ends too early; complete or delete it"),
+            ("broken.jsonl:4", 'row: an object {"column": ...} is needed'),
+            ("broken.jsonl:6", "line: not JSON at column 2"),
         ],
     ),
     "no rows": (
         (*TRAIN, "--set", "data.train=[none.jsonl, array.json]"),
-        [("none.jsonl", "the file is empty"), ("array.json", "holds no rows")],
+        [("none.jsonl", "holds no rows"), ("array.json", "holds no rows")],
     ),
     "an empty answer": (
         (*TRAIN, "--set", "data.train=answers.jsonl"),
-        [("answers.jsonl:5", "the answer is empty; write one, or set data.empty_answer: drop")],
+        [
+            (
+                "answers.jsonl:5",
+                "output: must be an answer, got ' '; write the answer, delete the row, or drop such rows",
+            )
+        ],
     ),
     "rows over max_tokens and an empty answer": (
         (*TRAIN, "--set", "data.train=[answers.jsonl, rows.jsonl]", "--set", "data.max_tokens=64"),
-        [("answers.jsonl:5", "the answer is empty")]
-        + [(f"answers.jsonl:{n}", "data.max_tokens is 64; raise it, shorten the row") for n in (1, 4, 7)]
+        [(f"answers.jsonl:{n}", "data.max_tokens is 64; raise it, shorten the row") for n in (1, 4)]
+        + [("answers.jsonl:5", "output: must be an answer"), ("answers.jsonl:7", "data.max_tokens is 64; raise it")]
         + [(f"rows.jsonl:{n}", "data.max_tokens is 64; raise it, shorten the row") for n in (1, 4, 7)],
     ),
     "a base without weights and bad data": (
         (*TRAIN, "--set", "model.base=weightless", "--set", "data.train=broken.jsonl"),
         [
             ("weightless", "no weights: model.safetensors is missing; put the base's .safetensors files there"),
-            ("broken.jsonl:2", "invalid JSON"),
-            ("broken.jsonl:4", "a row must be an object"),
-            ("broken.jsonl:6", "invalid JSON"),
+            ("broken.jsonl:2", "line: not JSON"),
+            ("broken.jsonl:4", 'row: an object {"column": ...} is needed'),
+            ("broken.jsonl:6", "line: not JSON"),
         ],
     ),
     "no base": ((*TRAIN, "--set", "model.base=./nowhere"), [("./nowhere", "no such folder; correct the path")]),
@@ -179,10 +189,13 @@ CASES: dict[str, tuple[tuple[str, ...], list[tuple[str, str]]]] = {
         ("train", "../good.yaml", "--set", "data.train=../rows.jsonl", "--out", "."),
         [(".", "is the current folder; name a new folder with --out")],
     ),
-    "a row that is not there": (("show", "good.yaml", "--row", "8"), [("--row", "8 is too large; rows.jsonl has 8")]),
+    "a row that is not there": (
+        ("show", "good.yaml", "--row", "8"),
+        [("--row", "there is no row 8; rows are counted from 0 to 7")],
+    ),
     "a line that is not there": (
         ("show", "good.yaml", "--row", "rows.jsonl:9"),
-        [("--row", "no row stands at rows.jsonl:9; rows stand from rows.jsonl:1 to rows.jsonl:8")],
+        [("--row", "there is no row rows.jsonl:9; write FILE:LINE")],
     ),
     "nothing to generate with": (("generate", "./nowhere", "--prompt", "x"), [("./nowhere", "no such folder")]),
     "nothing to evaluate": (("evaluate", "./nowhere", "--data", "rows.jsonl"), [("./nowhere", "no such folder")]),
@@ -222,7 +235,7 @@ def test_an_empty_answer_is_dropped_and_counted_where_the_recipe_says_so(here: P
     )
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout)
-    assert (values["examples"], values["rows_read"], values["dropped"]) == (7, 8, {"empty answer": 1})
+    assert (values["examples"], values["rows_read"], values["dropped"]) == (7, 8, {"empty_answer": 1})
 
 
 def test_bad_data_is_told_before_anything_heavy_is_imported(here: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_damaged_base_is_told(tmp_path: Path, damage: str) -> None:
     else:
         (folder / name).write_bytes(written)
     with pytest.raises(UserError) as caught:
-        read_base(str(folder))
+        assert read_base(str(folder)).tokenizer  # read when it is first asked for
     (problem,) = caught.value.problems
     assert problem.where.startswith(str(folder))
     assert told in str(problem)

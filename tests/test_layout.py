@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.layout import count_steps, cut_into_passes, lay_out_steps
+from finetune.layout import Mixture, count_steps, cut_into_passes, lay_out_steps
 
 counts = st.integers(1, 60)
+
+
+def one_source(examples: int) -> Mixture:
+    return Mixture((examples,), (1.0,))
 
 
 @pytest.mark.parametrize(
@@ -24,7 +29,7 @@ def test_steps_are_counted_with_the_last_smaller_batch(examples: int, batch_size
 @given(examples=counts, batch_size=counts, epochs=st.integers(1, 4), seed=st.integers(0, 2**32))
 def test_every_example_comes_once_an_epoch(examples: int, batch_size: int, epochs: int, seed: int) -> None:
     steps = count_steps(examples, batch_size=batch_size, epochs=epochs)
-    layout = lay_out_steps(examples, batch_size=batch_size, steps=steps, seed=seed)
+    layout = lay_out_steps(one_source(examples), batch_size=batch_size, steps=steps, seed=seed)
     a_trip = math.ceil(examples / batch_size)
     assert len(layout) == steps == epochs * a_trip
     for epoch in range(epochs):
@@ -38,16 +43,46 @@ def test_every_example_comes_once_an_epoch(examples: int, batch_size: int, epoch
 def test_a_longer_run_begins_like_a_shorter_one(
     examples: int, batch_size: int, steps: int, more: int, seed: int
 ) -> None:
-    short = lay_out_steps(examples, batch_size=batch_size, steps=steps, seed=seed)
+    short = lay_out_steps(one_source(examples), batch_size=batch_size, steps=steps, seed=seed)
     assert len(short) == steps
-    assert lay_out_steps(examples, batch_size=batch_size, steps=steps + more, seed=seed)[:steps] == short
+    assert lay_out_steps(one_source(examples), batch_size=batch_size, steps=steps + more, seed=seed)[:steps] == short
 
 
 def test_epochs_differ_and_seeds_differ() -> None:
-    first, second = (lay_out_steps(50, batch_size=50, steps=2, seed=1)[epoch] for epoch in (0, 1))
+    first, second = (lay_out_steps(one_source(50), batch_size=50, steps=2, seed=1)[epoch] for epoch in (0, 1))
     assert first != second
     assert first != list(range(50))
-    assert lay_out_steps(50, batch_size=50, steps=1, seed=2) != [first]
+    assert lay_out_steps(one_source(50), batch_size=50, steps=1, seed=2) != [first]
+
+
+@given(
+    examples=st.lists(counts, min_size=1, max_size=4),
+    weights=st.lists(st.floats(0.05, 3.5), min_size=4, max_size=4),
+    epochs=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
+def test_weights_say_how_often_a_row_comes_in_an_epoch(
+    examples: list[int], weights: list[float], epochs: int, seed: int
+) -> None:
+    mixture = Mixture(tuple(examples), tuple(weights[: len(examples)]))
+    layout = lay_out_steps(mixture, batch_size=mixture.examples_per_epoch, steps=epochs, seed=seed)
+    assert layout == lay_out_steps(mixture, batch_size=mixture.examples_per_epoch, steps=epochs, seed=seed)
+    first = 0
+    for count, weight in zip(mixture.examples, mixture.weights, strict=True):
+        seen = Counter(index for epoch in layout for index in epoch if first <= index < first + count)
+        a_trip = [sum(first <= index < first + count for index in epoch) for epoch in layout]
+        assert len(set(a_trip)) == 1
+        assert abs(a_trip[0] - weight * count) <= 1
+        # Nobody waits while another has a second turn: how often two rows of a source were seen differs by one at most.
+        often = [seen[index] for index in range(first, first + count)]
+        assert max(often) - min(often) <= 1
+        first += count
+
+
+def test_half_a_weight_takes_the_other_half_next_time() -> None:
+    first, second = lay_out_steps(Mixture((10, 4), (0.5, 1.0)), batch_size=9, steps=2, seed=3)
+    assert sorted(index for index in first + second if index < 10) == list(range(10))
+    assert sorted(index for index in first if index >= 10) == [10, 11, 12, 13]
 
 
 @given(tokens=st.lists(st.integers(1, 50), min_size=1, max_size=40), limit=st.integers(1, 120))

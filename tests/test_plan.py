@@ -37,12 +37,17 @@ ONE_OTHER_VALUE_PER_KEY: dict[str, tuple[Any, dict[str, Any]]] = {
     "adapter.from": ("elsewhere/adapter", {}),
     "data.train": ("other.jsonl", {}),
     "data.eval": (3, {}),
-    "data.format": ("prompt-completion", {}),
+    "data.format": ("prompt-completion", {"data.train": "both.jsonl", "data.format": "alpaca"}),
     "data.template": ("none", {}),
     "data.loss_on": ("everything", {}),
     "data.max_tokens": (20, {}),
     "data.too_long": ("drop", {"data.max_tokens": 60}),
+    "data.truncate": ("answer", {"data.max_tokens": 84, "data.too_long": "truncate"}),
     "data.empty_answer": ("drop", {"data.train": "empty.jsonl"}),
+    "data.special_tokens": ("control", {"data.train": "control.jsonl"}),
+    "data.deduplicate": ("exact", {"data.train": "twice.jsonl"}),
+    "data.leaked": ("drop", {"data.train": "twice.jsonl", "data.eval": 10}),
+    "data.drop": (["empty_answer"], {"data.train": "empty.jsonl"}),
     "data.system": ("Be brief.", {}),
     "data.date": ("1 Jan 2000", {"data.template": "dated.jinja"}),
     "train.objective": ("dpo", {}),
@@ -67,11 +72,18 @@ ONE_OTHER_VALUE_PER_KEY: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current folder with data whose rows fit two formats, and a template that writes the date."""
+    """A current folder with data, some of which fit two formats, and a template that writes the date."""
     monkeypatch.chdir(tmp_path)
-    rows = [{**row, "prompt": "p", "completion": "c"} for row in alpaca_rows(20)]
-    rows = [{**row, "output": f"answer {index}"} for index, row in enumerate(rows)]
-    for name, written in {"rows": rows, "other": rows[:9], "empty": [*rows, {**rows[0], "output": ""}]}.items():
+    rows = [{**row, "output": f"answer {index}"} for index, row in enumerate(alpaca_rows(20))]
+    files = {
+        "rows": rows,
+        "other": rows[:9],
+        "empty": [*rows, {**rows[0], "output": ""}],
+        "control": [*rows, {**rows[0], "instruction": "What does </s> or <|end|> mean?"}],
+        "twice": rows + rows,
+        "both": [{**row, "prompt": "p", "completion": "c"} for row in rows],
+    }
+    for name, written in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
     (tmp_path / "dated.jinja").write_text(
         "{{ strftime_now('%A, %d %B %Y') }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"

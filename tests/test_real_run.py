@@ -10,6 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from finetune.data.examples import TracedExample
+from finetune.data.trace import trace
 from finetune.release.merge import merge
 from finetune.resolve import resolve
 from finetune.run import run
@@ -52,7 +54,7 @@ def test_alpaca_on_stories260k(shared: Path, tmp_path: Path, quantization: str) 
     assert held_out[-1] < held_out[0] < losses.mean().item() - 0.3
 
     # Plain PEFT and transformers on the trained adapter give the logits that this toolkit gives.
-    ids = torch.tensor([data.eval[0].ids])
+    ids = torch.tensor([data.eval[0].ids.tolist()])
     tuned = load_target(str(folder.path))
     plain = AutoModelForCausalLM.from_pretrained(
         base, dtype=torch.float32, quantization_config=NF4 if quantization == "nf4" else None
@@ -61,7 +63,9 @@ def test_alpaca_on_stories260k(shared: Path, tmp_path: Path, quantization: str) 
     with torch.no_grad():
         torch.testing.assert_close(tuned.model(ids).logits, adapted(ids).logits, rtol=1e-5, atol=1e-4)
     tokenizer = AutoTokenizer.from_pretrained(folder.adapter)
-    assert tokenizer(data.eval[0].text, add_special_tokens=False).input_ids == list(data.eval[0].ids)
+    written = trace(data.section, data.base, data.template, data.eval[0].where)
+    assert isinstance(written, TracedExample)
+    assert tokenizer(written.text, add_special_tokens=False).input_ids == data.eval[0].ids.tolist()
 
     release = merge(folder.path, out=tmp_path / "release")
     assert all(proof.passed for proof in release.proofs)

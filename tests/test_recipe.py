@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune.errors import UserError
-from finetune.recipe import Recipe, load_recipe, recipe_schema
+from finetune.recipe import Recipe, SourceSection, load_recipe, recipe_schema
 
 MINIMAL = """\
 version: 1
@@ -78,13 +78,17 @@ output:
   keep_checkpoints: 2
   log_to: []                        # tensorboard | wandb | mlflow | trackio (metrics.jsonl always)
 """
-WITHOUT_EXAMPLE = {"adapter.from": None, "data.system": None, "train.max_steps": None}
+WITHOUT_EXAMPLE = {
+    "adapter.from": None, "data.system": None, "train.max_steps": None, "data.truncate": "prompt",
+    "data.special_tokens": "text", "data.deduplicate": "none", "data.leaked": "keep", "data.drop": [],
+}  # fmt: skip
 
 SECTION_KEYS = {
     "": "version name seed model adapter data train evaluate output",
     "model": "base revision quantization dtype",
     "adapter": "method rank alpha dropout targets from",
-    "data": "train eval format template loss_on max_tokens too_long empty_answer system date",
+    "data": "train eval format template loss_on max_tokens too_long truncate empty_answer special_tokens deduplicate leaked "
+    "drop system date",
     "train": "objective epochs max_steps batch_size tokens_per_pass recompute learning_rate schedule warmup optimizer "
     "weight_decay max_grad_norm",
     "evaluate": "every_steps",
@@ -158,10 +162,10 @@ def test_the_run_folder_carries_the_name(folder):
 def test_a_recipe_is_frozen_all_the_way_down(folder):
     recipe = load(MINIMAL, folder, "adapter.targets=[q_proj]", "output.log_to=[wandb]", "data.train=[a, b]")
     hash(recipe)
-    assert (recipe.adapter.targets, recipe.output.log_to, recipe.data.train_files) == (
+    assert (recipe.adapter.targets, recipe.output.log_to, recipe.data.sources) == (
         ("q_proj",),
         ("wandb",),
-        ("a", "b"),
+        (SourceSection(source="a"), SourceSection(source="b")),
     )
     with pytest.raises(ValueError):
         recipe.train.epochs = 4
@@ -294,7 +298,8 @@ def test_all_problems_are_reported_at_once_with_their_lines(folder):
 
 
 TARGETS = "must be all-linear or a list of module names, each once"
-EVAL = "must be a fraction between 0 and 1, a whole number of rows, a path, or null for no evaluation"
+SOURCES = "a path, hub:OWNER/NAME, a source with keys (source, rows, weight, columns), or a list of these"
+EVAL = "must be a fraction between 0 and 1, a whole number of rows, a path, a source, or null for no evaluation"
 NAME = "must be text of at most 100 letters, digits, dots, underscores and hyphens, the first a letter or digit"
 
 
@@ -323,10 +328,11 @@ NAME = "must be text of at most 100 letters, digits, dots, underscores and hyphe
         ("adapter.targets", "all_linear", f"{TARGETS}, got 'all_linear'; did you mean 'all-linear'?"),
         ("adapter.targets", "[]", f"{TARGETS}, got []"),
         ("adapter.targets", "[q_proj, q_proj]", f'{TARGETS}, got ["q_proj", "q_proj"]'),
-        ("data.train", "[]", "must be a path or a list of paths, got []"),
+        ("data.train", "[]", f"must be {SOURCES}, got []"),
         ("data.eval", "0", f"{EVAL}, got 0"),
         ("data.eval", "1.0", f"{EVAL}, got 1.0"),
-        ("data.template", "alpacca", "must be auto, alpaca, none or a path that ends in .jinja, got 'alpacca'; "
+        ("data.template", "alpacca", "must be auto, none, alpaca, vicuna, llama2, llama3, chatml, mistral, zephyr or a path that ends in .jinja, "
+         "got 'alpacca'; "
          "did you mean 'alpaca'?"),
         ("data.system", "no: yes", "text is required, got keys of its own"),
         ("data.max_tokens", "1e3", "a whole number is required, got 1000.0"),
@@ -357,7 +363,7 @@ def test_a_wrong_value_is_told_in_plain_words(folder, key, written, message):
 def test_a_wrong_value_has_the_same_wording_in_a_file(folder):
     text = MINIMAL.replace("rows.jsonl", "[]") + "  eval: 0\nadapter:\n  targets:\n  - q_proj\n  - 3\noutput:\n"
     assert problems_of(text + "  log_to:\n  - wandb\n  - wandbb\n", folder) == [
-        "r.yaml:6: data.train: must be a path or a list of paths, got []",
+        f"r.yaml:6: data.train: must be {SOURCES}, got []",
         f"r.yaml:7: data.eval: {EVAL}, got 0",
         f'r.yaml:9: adapter.targets: {TARGETS}, got ["q_proj", 3]',
         f"r.yaml:15: output.log_to: {LOGGERS}, got 'wandbb'; did you mean 'wandb'?",
@@ -468,7 +474,8 @@ def test_a_key_is_overridden_once(folder):
 
 def test_an_override_cures_what_the_file_got_wrong(folder):
     assert load(MINIMAL + "seed: -1\n", folder, "seed=3").seed == 3
-    assert load(MINIMAL.replace("  train: rows.jsonl", "  eval: 3"), folder, "data.train=a").data.train_files == ("a",)
+    recipe = load(MINIMAL.replace("  train: rows.jsonl", "  eval: 3"), folder, "data.train=a")
+    assert recipe.data.sources == (SourceSection(source="a"),)
 
 
 def one_letter_typos(word: str) -> set[str]:

@@ -3,164 +3,140 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from finetune.base import Base
-from finetune.data.conversations import Conversation, detect_format, read_conversations
-from finetune.data.examples import Encoder, Example, make_examples
-from finetune.data.sources import Row, read_rows
+from finetune.data.account import Account, later_copies, leak_problems, make_account
+from finetune.data.cached import Progress, stored_rows
+from finetune.data.pool import Examples, Pool
+from finetune.data.store import StoredRows
 from finetune.data.template import Template, choose_template
-from finetune.errors import Problem, UserError, raise_problems
+from finetune.errors import Problem, UserError
+from finetune.machine import probe_machine
 from finetune.plan import DataFacts
 from finetune.recipe import DataSection
-
-EMPTY_ANSWER, TOO_LONG = "empty answer", "too long"
-
-
-@dataclass(frozen=True)
-class Part:
-    """What became of the rows of one group of files: an example or a reason to drop it, for each of them."""
-
-    files: tuple[str, ...]
-    format: str
-    rows: list[Row] = field(repr=False)
-    examples: list[Example] = field(repr=False)
-    dropped: Mapping[str, str]  # the reason, by file:line
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Examples ready to be laid out, the template that wrote them, and the facts a plan needs."""
+    """Examples ready to be laid out, the template that wrote them, the account, and the facts a plan needs."""
 
-    train: list[Example] = field(repr=False)
-    eval: list[Example] = field(repr=False)
+    train: Examples = field(repr=False)
+    eval: Examples = field(repr=False)
     template: Template
+    account: Account
     facts: DataFacts
-    parts: tuple[Part, ...] = field(repr=False)  # of data.train, and of data.eval where it names a file
+    section: DataSection = field(repr=False)
+    base: Base = field(repr=False)
 
 
-def prepare_data(data: DataSection, base: Base, *, seed: int) -> PreparedData:
-    """Read, render, tokenise and label every row.
+def prepare_data(
+    data: DataSection, base: Base, *, seed: int, workers: int | None = None, progress: Progress | None = None
+) -> PreparedData:
+    """Read, render, tokenise and label every row, or find that done already.
 
-    Rows in = trained + eval + dropped, by reason. Rows to hold out are drawn with the seed.
+    Rows in = trained + eval + dropped, by reason. Rows to hold out are drawn with the seed. The result does not depend
+    on the number of worker processes.
 
     Raises:
-        UserError: every problem of every row of every file, with file:line, all at once.
+        UserError: what is wrong with the rows, with file:line: the first few of each kind and their number.
+    """
+    prepared = read_data(data, base, seed=seed, workers=workers, progress=progress)
+    if prepared.account.problems:
+        raise UserError(prepared.account.problems, total=prepared.account.total_problems)
+    return prepared
+
+
+def read_data(
+    data: DataSection, base: Base, *, seed: int, workers: int | None = None, progress: Progress | None = None
+) -> PreparedData:
+    """As prepare_data, but what is wrong with the rows is left in the account.
+
+    Raises:
+        UserError: the template cannot be used.
     """
     template = choose_template(data.template, base, date=data.date)
-    groups = [data.train_files] + ([(data.eval_file,)] if data.eval_file is not None else [])
-    parts, problems = [], []
-    for files in groups:
-        part, found = _read_part(files, data, template, base)
-        parts.append(part)
-        problems += found
-    raise_problems(problems)
-    train, held_out = parts[0].examples, parts[1].examples if len(parts) > 1 else []
-    if isinstance(data.eval, (int, float)):
-        train, held_out = _split(train, data.eval, seed=seed)
-    facts = DataFacts(
-        format=parts[0].format,
-        template=template.name,
-        template_sha256=template.sha256,
-        rows_read=sum(len(part.rows) for part in parts),
-        dropped=dict(Counter(reason for part in parts for reason in part.dropped.values())),
-        train_tokens=tuple(example.tokens for example in train),
-        train_supervised=tuple(example.supervised_tokens for example in train),
-        straddling_tokens=sum(example.straddling_tokens for example in train),
-        eval_tokens=tuple(example.tokens for example in held_out),
-        stop_token_ids=tuple(sorted({_stop_token(example) for example in train})),
-    )
-    return PreparedData(train, held_out, template, facts, tuple(parts))
+    workers = workers or probe_machine().cores
+    stores = [
+        stored_rows(section, data, base, template, workers=workers, progress=progress) for section in data.all_sources
+    ]
+    count = len(data.sources)
+    pool, own_eval = Pool(tuple(stores[:count])), Pool(tuple(stores[count:]))
+    kept = _without_copies(pool, data.deduplicate)
+    train, held_out, problems = _split(pool, kept, own_eval, data, seed=seed)
+    leaked = _leaked(train, held_out)
+    if data.leaked == "error":
+        problems += leak_problems([held_out.pool.where(int(number)) for number in held_out.chosen[leaked]])
+    elif data.leaked == "drop":
+        held_out = Examples(held_out.pool, held_out.chosen[~leaked])
+    problems += [problem for store in stores for problem in _foreign_tokens(store, base)]
+    account = make_account(data, stores, kept, train, held_out, leaked, problems)
+    facts = _facts(account, template, train, held_out, stores)
+    return PreparedData(train, held_out, template, account, facts, data, base)
 
 
-def read_eval_examples(
-    path: str, base: Base, template: Template, *, system: str | None = None, max_tokens: int | None = None
-) -> list[Example]:
-    """Every row of an evaluation file as an example; nothing is dropped.
-
-    Raises:
-        UserError: as prepare_data.
-    """
-    section = DataSection(train=path, max_tokens=max_tokens or 2**31 - 1, system=system)
-    part, problems = _read_part((path,), section, template, base)
-    raise_problems(problems)
-    return part.examples
+def _without_copies(pool: Pool, deduplicate: str) -> np.ndarray:
+    """For each example of the pool whether it stays: bool."""
+    total = sum(store.examples for store in pool.stores)
+    return np.ones(total, bool) if deduplicate == "none" else ~later_copies(pool, deduplicate)
 
 
-def find_data_problems(data: DataSection) -> list[Problem]:
-    """What is wrong with the rows as far as it shows without a base: files, JSON, columns, empty answers."""
-    groups = [data.train_files] + ([(data.eval_file,)] if data.eval_file is not None else [])
-    return [problem for files in groups for problem in _read_answered(files, data)[-1]]
+def _split(
+    pool: Pool, kept: np.ndarray, own_eval: Pool, data: DataSection, *, seed: int
+) -> tuple[Examples, Examples, list[Problem]]:
+    """Training and held-out examples, each in the order of the sources."""
+    numbers = np.flatnonzero(kept)
+    if own_eval.stores:
+        everything = np.arange(sum(store.examples for store in own_eval.stores))
+        return Examples(pool, numbers), Examples(own_eval, everything), []
+    if not isinstance(data.eval, (int, float)) or not len(numbers):
+        return Examples(pool, numbers), Examples(pool, numbers[:0]), []
+    count = data.eval if isinstance(data.eval, int) else max(1, round(data.eval * len(numbers)))
+    if count >= len(numbers):
+        message = f"{count} rows are to be held out of {len(numbers)}; at least one must be left to train on"
+        return Examples(pool, numbers), Examples(pool, numbers[:0]), [Problem("data.eval", message)]
+    out = np.zeros(len(numbers), bool)
+    out[random.Random(f"{seed}/eval").sample(range(len(numbers)), count)] = True
+    return Examples(pool, numbers[~out]), Examples(pool, numbers[out]), []
 
 
-def _read_part(files: tuple[str, ...], data: DataSection, template: Template, base: Base) -> tuple[Part, list[Problem]]:
-    rows, row_format, conversations, dropped, problems = _read_answered(files, data)
-    examples, refused = make_examples(conversations, template, Encoder(base), loss_on=data.loss_on)
-    too_long = [example for example in examples if example.tokens > data.max_tokens]
-    fitting = [example for example in examples if example.tokens <= data.max_tokens]
-    if data.too_long == "drop":
-        dropped |= {example.row.where: TOO_LONG for example in too_long}
-    else:
-        refused += [_too_long(example, data.max_tokens) for example in too_long]
-    problems += refused or _foreign_tokens(fitting, base)
-    if not fitting and not problems:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(dropped.values()).items())
-        problems.append(Problem(", ".join(files), f"none of its {len(rows)} rows is left, dropped: {reasons}"))
-    return Part(files, row_format, rows, fitting, dropped), problems
+def _leaked(train: Examples, held_out: Examples) -> np.ndarray:
+    """For each held-out example whether a training example says the same, case and white space folded: bool."""
+    if not len(held_out):
+        return np.zeros(0, bool)
+    return np.isin(held_out.pool.array("near")[held_out.chosen], train.pool.array("near")[train.chosen])
 
 
-def _read_answered(
-    files: Sequence[str], data: DataSection
-) -> tuple[list[Row], str, list[Conversation], dict[str, str], list[Problem]]:
-    """Rows, their format, the conversations that have an answer, the rows dropped by reason, and all problems."""
-    rows, problems = read_rows(files)
-    if not rows:
-        return rows, data.format, [], {}, problems
-    try:
-        row_format = detect_format(rows) if data.format == "auto" else data.format
-    except UserError as error:
-        return rows, data.format, [], {}, [*problems, *error.problems]
-    conversations, misfits = read_conversations(rows, format=row_format, system=data.system)
-    empty = [conversation for conversation in conversations if not conversation.answer.strip()]
-    answered = [conversation for conversation in conversations if conversation.answer.strip()]
-    problems += misfits
-    if data.empty_answer == "drop":
-        return rows, row_format, answered, {each.row.where: EMPTY_ANSWER for each in empty}, problems
-    cure = "the answer is empty; write one, or set data.empty_answer: drop"
-    return rows, row_format, answered, {}, problems + [Problem(each.row.where, cure) for each in empty]
-
-
-def _too_long(example: Example, max_tokens: int) -> Problem:
-    cure = "raise it, shorten the row, or set data.too_long: drop"
-    return Problem(example.row.where, f"{example.tokens} tokens, data.max_tokens is {max_tokens}; {cure}")
-
-
-def _foreign_tokens(examples: Sequence[Example], base: Base) -> list[Problem]:
+def _foreign_tokens(store: StoredRows, base: Base) -> list[Problem]:
     """A tokenizer that knows tokens its base has no embedding for belongs to another base."""
-    largest = max((max(example.ids) for example in examples), default=0)
-    if largest < base.facts.vocabulary:
+    if store.largest_id < base.facts.vocabulary:
         return []
     message = (
-        f"the tokenizer makes token {largest} ({base.tokenizer.id_to_token(largest)!r}) of these rows, the base has "
-        f"{base.facts.vocabulary} embeddings; give the base the tokenizer it was trained with"
+        f"the tokenizer makes token {store.largest_id} ({base.tokenizer.id_to_token(store.largest_id)!r}) of these "
+        f"rows, the base has {base.facts.vocabulary} embeddings; give the base the tokenizer it was trained with"
     )
     return [Problem(str(base.facts.folder), message)]
 
 
-def _split(examples: list[Example], share: float | int, *, seed: int) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples, each in the order of the file."""
-    count = share if isinstance(share, int) else max(1, round(share * len(examples)))
-    if count >= len(examples):
-        message = f"{count} rows are to be held out of {len(examples)}; at least one must be left to train on"
-        raise_problems([Problem("data.eval", message)])
-    chosen = set(random.Random(f"{seed}/eval").sample(range(len(examples)), count))
-    return (
-        [example for index, example in enumerate(examples) if index not in chosen],
-        [example for index, example in enumerate(examples) if index in chosen],
+def _facts(
+    account: Account, template: Template, train: Examples, held_out: Examples, stores: Sequence[StoredRows]
+) -> DataFacts:
+    sources = account.sources[: len(train.pool.stores)]
+    return DataFacts(
+        format=", ".join(dict.fromkeys(source.format for source in sources)),
+        template=template.name,
+        template_sha256=template.sha256,
+        rows_read=account.read,
+        dropped=account.dropped,
+        train_tokens=train.tokens,
+        train_supervised=train.supervised_tokens,
+        truncated_tokens=account.truncated_tokens,
+        straddling_tokens=account.straddling_tokens,
+        eval_tokens=held_out.tokens,
+        stop_token_ids=tuple(sorted({token for store in stores for token in store.stop_token_ids})),
+        source_examples=tuple(source.trained for source in sources),
+        source_weights=tuple(source.weight for source in sources),
     )
-
-
-def _stop_token(example: Example) -> int:
-    return next(label for label in reversed(example.labels) if label >= 0)

@@ -74,7 +74,7 @@ def logits_limit(facts: BaseFacts) -> float:
 def prove_model(folder: Path, source: Source, onto: Onto) -> list[Proof]:
     """The release computes what the chosen base with the adapter computes, and what was trained."""
     rows = list(source.rows.examples)
-    probes = source.probe_ids() + [list(example.ids) for example in rows[:PROBE_ROWS]]
+    probes = source.probe_ids() + [example.ids.tolist() for example in rows[:PROBE_ROWS]]
     probes = [ids[:PROBE_TOKENS] for ids in probes]
     reference = load_adapter(load_chosen_base(source, onto), source.adapter)
     tuned = probe_logits(reference, probes)
@@ -150,7 +150,7 @@ def greedy_answers(model: Any, rows: Sequence[Example], stops: Sequence[int]) ->
     answers = []
     device = next(model.parameters()).device
     for row in rows:
-        prompt = list(row.prompt_ids)
+        prompt = row.prompt_ids.tolist()
         written = model.generate(
             input_ids=torch.tensor([prompt], device=device),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=device),

@@ -12,7 +12,7 @@ import torch
 
 from finetune.artifact import read_json
 from finetune.base import TensorEntry, read_tensor_entries
-from finetune.data.examples import Encoder
+from finetune.data.encoder import Encoder
 from finetune.model.load import load_tokenizer
 from finetune.release.delta import Delta, Onto, read_deltas, round_to, tuned_blocks
 from finetune.release.fresh import Proof, proof
@@ -69,7 +69,7 @@ def prove_text(folder: Path, source: Source) -> list[Proof]:
     template = source.template
     texts, conversations = source.probe_texts(), source.probe_conversations()
     today = replace(template, date=datetime.now())  # transformers tells a template the clock's date, and only that
-    ours = [encoding.ids for encoding in encoder.encode(texts)]
+    ours = [encoding.ids.tolist() for encoding in encoder.encode(texts)]
     theirs = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     rendered = [
         tokenizer.apply_chat_template(

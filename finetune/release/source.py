@@ -12,9 +12,10 @@ from typing import Any
 
 from finetune.artifact import RunFolder, read_json
 from finetune.base import Base, read_base, sha256_of, weight_files
-from finetune.data.conversations import Turn
-from finetune.data.examples import Encoder, Example
+from finetune.data.encoder import Encoder
+from finetune.data.examples import Example
 from finetune.data.prepare import prepare_data
+from finetune.data.rows import Turn
 from finetune.data.template import Template, TemplateProblem, choose_template, parse_date
 from finetune.errors import Problem, UserError, raise_problems
 from finetune.machine import probe_machine
@@ -82,7 +83,7 @@ class Source:
             data = prepare_data(recipe.data, self.base, seed=recipe.seed)
         except UserError as error:  # a template file that is gone, for one; the adapter folder still has the template
             return Rows((), f"none: {error.problems[0]}")
-        if data.eval:
+        if len(data.eval):
             return Rows(data.eval[:HELD_OUT_ROWS], "held-out rows")
         chosen = random.Random(f"{recipe.seed}/release").sample(range(len(data.train)), k=len(data.train))
         return Rows([data.train[index] for index in sorted(chosen[:TRAINING_ROWS])], "a sample of the training rows")
@@ -96,7 +97,7 @@ class Source:
 
     def probe_ids(self) -> list[list[int]]:
         """Token ids of the probe conversations, as training's encoder makes them."""
-        return [encoding.ids for encoding in Encoder(self.base).encode(self.probe_texts())]
+        return [encoding.ids.tolist() for encoding in Encoder(self.base).encode(self.probe_texts())]
 
     def _writes(self, turns: Sequence[Turn]) -> bool:
         try:

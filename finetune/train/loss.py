@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from finetune.data.examples import NOT_LEARNED, Example
+from finetune.data.examples import Example
 
 
 @dataclass(frozen=True)
@@ -33,24 +34,17 @@ class Stretch:
 
 def lay_end_to_end(examples: Sequence[Example], *, device: str | torch.device = "cpu") -> Stretch:
     """One stretch of all examples, positions starting at 0 in each."""
-    ids: list[int] = []
-    positions: list[int] = []
-    predicting: list[int] = []
-    targets: list[int] = []
-    for example in examples:
-        start = len(ids)
-        ids += example.ids
-        positions += range(example.tokens)
-        for index in range(1, example.tokens):
-            if example.labels[index] != NOT_LEARNED:
-                predicting.append(start + index - 1)
-                targets.append(example.labels[index])
+    ids_T = torch.from_numpy(np.concatenate([example.ids for example in examples]).astype(np.int64))
+    positions_T = torch.from_numpy(np.concatenate([np.arange(example.tokens) for example in examples]))
+    learned_T = np.concatenate([example.learned for example in examples])
+    learned_T[np.cumsum([0, *(example.tokens for example in examples)])[:-1]] = False  # nothing predicts a first token
+    target_positions_S = torch.from_numpy(np.flatnonzero(learned_T))
     return Stretch(
-        input_ids_1T=torch.tensor([ids], device=device),
-        position_ids_1T=torch.tensor([positions], device=device),
+        input_ids_1T=ids_T[None].to(device),
+        position_ids_1T=positions_T[None].to(device),
         document_lengths=[example.tokens for example in examples],
-        predicting_S=torch.tensor(predicting, dtype=torch.long, device=device),
-        target_S=torch.tensor(targets, dtype=torch.long, device=device),
+        predicting_S=(target_positions_S - 1).to(device),
+        target_S=ids_T[target_positions_S].to(device),
     )
 
 

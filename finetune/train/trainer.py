@@ -91,7 +91,7 @@ class StepTrainer(SFTTrainer):
 
     def _refuse_non_finite(self, loss: torch.Tensor, batch: Sequence[Example]) -> None:
         if not torch.isfinite(loss):
-            rows = ", ".join(example.row.where for example in batch)
+            rows = ", ".join(example.where for example in batch)
             message = f"the loss is {loss.item()}; nothing was updated. Rows of this step: {rows}"
             raise NumericsError(Problem(f"step {self.state.global_step + 1}", message))
 
@@ -106,7 +106,7 @@ def make_trainer(
     folder: Path,
 ) -> StepTrainer:
     """A trainer whose data is the plan's steps in order, so that resuming is skipping."""
-    steps = lay_out_steps(len(examples), batch_size=plan.batch_size, steps=plan.steps, seed=plan.seed)
+    steps = lay_out_steps(plan.mixture, batch_size=plan.batch_size, steps=plan.steps, seed=plan.seed)
     trainer = StepTrainer(
         plan=plan,
         examples=examples,

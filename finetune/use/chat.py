@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from finetune.data.conversations import Turn
-from finetune.data.examples import Encoder
+from finetune.data.encoder import Encoder
+from finetune.data.rows import Turn
 from finetune.errors import UserError
-from finetune.use.generate import Sampling, conversation_text, stream
+from finetune.use.generate import Sampling, conversation_prompt, stream
 from finetune.use.target import Target
 
 COMMANDS = {
@@ -29,6 +29,7 @@ class _Talk:
     max_new_tokens: int
     sampling: Sampling
     write: Callable[[str], None]
+    encoder: Encoder
     turns: list[Turn] = field(default_factory=list)  # user, assistant, user, assistant ...
 
 
@@ -60,7 +61,7 @@ def chat(  # noqa: PLR0913 - the options of the command, one to one
         UserError: the target has no template, or one that takes no such system prompt; before the first line is read.
     """
     system = target.system if system is None else system
-    talk = _Talk(target, system, max_new_tokens, Sampling(temperature, top_p, seed), write)
+    talk = _Talk(target, system, max_new_tokens, Sampling(temperature, top_p, seed), write, Encoder(target.base))
     _ids(talk, [Turn("user", "x")])
     write(f"{target.name}. " + ", ".join(f"{name}: {does}" for name, does in COMMANDS.items()) + ".\n")
     while True:
@@ -135,5 +136,5 @@ def _fit(talk: _Talk, turns: Sequence[Turn]) -> tuple[Sequence[int] | None, int]
 
 def _ids(talk: _Talk, turns: Sequence[Turn]) -> list[int]:
     before = [Turn("system", talk.system)] if talk.system is not None else []
-    text = conversation_text(talk.target, [*before, *turns])
-    return Encoder(talk.target.base).encode([text])[0].ids
+    prompt = conversation_prompt(talk.target, [*before, *turns], talk.encoder)
+    return talk.encoder.encode([prompt])[0].ids.tolist()

@@ -10,11 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from finetune.data.examples import Encoder, Example
-from finetune.data.prepare import read_eval_examples
+from finetune.data.encoder import Encoder
+from finetune.data.examples import TracedExample
+from finetune.data.template import Rendered
+from finetune.data.trace import read_eval_examples
 from finetune.errors import NumericsError, Problem, UserError, raise_problems
 from finetune.plan import AUTO_TOKENS_PER_PASS
 from finetune.train.trainer import autocast, sum_losses
@@ -167,31 +170,31 @@ def evaluation_text(evaluation: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def _score(found: FoundTarget, examples: Sequence[Example], *, room: int | None, by: str | None) -> TargetScore:
+def _score(found: FoundTarget, examples: Sequence[TracedExample], *, room: int | None, by: str | None) -> TargetScore:
     target = open_target(found)
     with _progress(f"{found.name}: loss", len(examples)) as advance:
         losses = _losses(target, examples, advance)
     said: list[Completion | None] = [None] * len(examples)
     if room is not None:
         with _progress(f"{found.name}: answers", len(examples)) as advance:
-            prompts = [example.prompt_ids for example in examples]
+            prompts = [each.example.prompt_ids.tolist() for each in examples]
             said = [*complete(target, prompts, max_new_tokens=room, advance=advance)]
     rows = tuple(_row_result(*of_row) for of_row in zip(examples, losses, said, strict=True))
     return TargetScore(found.name, rows, room is not None, by)
 
 
-def _losses(target: Target, examples: Sequence[Example], advance: Callable[[int], None]) -> list[float]:
+def _losses(target: Target, examples: Sequence[TracedExample], advance: Callable[[int], None]) -> list[float]:
     """Per example the sum of its supervised tokens' cross entropies, computed as the training computes it."""
     losses: list[float] = []
     tokens_per_pass = AUTO_TOKENS_PER_PASS[target.device]
     with attention_for_loss(target), autocast(target.device, target.dtype):
         for start in range(0, len(examples), ROWS_AT_ONCE):
-            some = examples[start : start + ROWS_AT_ONCE]
+            some = [each.example for each in examples[start : start + ROWS_AT_ONCE]]
             losses += sum_losses(target.model, some, tokens_per_pass=tokens_per_pass)
             advance(len(some))
     raise_problems(
         (
-            Problem(example.row.where, f"{target.name} gives this row a loss of {loss}")
+            Problem(example.example.where, f"{target.name} gives this row a loss of {loss}")
             for example, loss in zip(examples, losses, strict=True)
             if not math.isfinite(loss)
         ),
@@ -200,16 +203,16 @@ def _losses(target: Target, examples: Sequence[Example], advance: Callable[[int]
     return losses
 
 
-def _row_result(example: Example, loss_sum: float, said: Completion | None) -> RowResult:
+def _row_result(traced: TracedExample, loss_sum: float, said: Completion | None) -> RowResult:
     return RowResult(
-        where=example.row.where,
-        prompt=example.text[: example.spans[-1][0]],
-        expected=example.conversation.answer,
+        where=traced.example.where,
+        prompt=traced.text[: traced.spans[-1][0]],
+        expected=traced.conversation.answer,
         text=said.text if said else None,
         stopped=said.stopped if said else None,
         loss_sum=loss_sum,
-        supervised_tokens=example.supervised_tokens,
-        values=example.row.values,
+        supervised_tokens=traced.example.supervised_tokens,
+        values=traced.conversation.row.values,
     )
 
 
@@ -217,8 +220,8 @@ def _mean_loss(rows: Sequence[RowResult]) -> float:
     return math.fsum(row.loss_sum for row in rows) / sum(row.supervised_tokens for row in rows)
 
 
-def _longest_answer(examples: Sequence[Example]) -> int:
-    return max(example.tokens - len(example.prompt_ids) for example in examples)
+def _longest_answer(examples: Sequence[TracedExample]) -> int:
+    return max(each.example.tokens - each.example.prompt_tokens for each in examples)
 
 
 def _comparable(text: str) -> str:
@@ -229,27 +232,27 @@ def _group_name(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _refuse_other_tokens(other: FoundTarget, examples: Sequence[Example], first: FoundTarget) -> None:
-    encodings = Encoder(other.base).encode([example.text for example in examples])
-    for example, encoding in zip(examples, encodings, strict=True):
-        if tuple(encoding.ids) != example.ids:
+def _refuse_other_tokens(other: FoundTarget, examples: Sequence[TracedExample], first: FoundTarget) -> None:
+    encodings = Encoder(other.base).encode([Rendered(each.text, (), each.literals) for each in examples])
+    for each, encoding in zip(examples, encodings, strict=True):
+        if not np.array_equal(encoding.ids, each.example.ids):
             message = (
-                f"its tokenizer gives {example.row.where} other tokens ({len(encoding.ids)}) than {first.name}'s "
-                f"({example.tokens}), so the losses could not be compared; evaluate the two one by one"
+                f"its tokenizer gives {each.example.where} other tokens ({len(encoding.ids)}) than {first.name}'s "
+                f"({each.example.tokens}), so the losses could not be compared; evaluate the two one by one"
             )
             raise UserError(Problem(other.name, message))
 
 
 def _refuse_what_cannot_be_scored(
-    found: Sequence[FoundTarget], examples: Sequence[Example], *, by: str | None, data: str
+    found: Sequence[FoundTarget], examples: Sequence[TracedExample], *, by: str | None, data: str
 ) -> None:
     context = min(target.base.facts.context_tokens for target in found)
     problems = [
-        Problem(example.row.where, f"{example.tokens} tokens, but only {context} can be read; shorten this row")
-        for example in examples
-        if example.tokens > context
+        Problem(each.example.where, f"{each.example.tokens} tokens, but only {context} can be read; shorten this row")
+        for each in examples
+        if each.example.tokens > context
     ]
-    columns = sorted({column for example in examples for column in example.row.values})
+    columns = sorted({column for each in examples for column in each.conversation.row.values})
     if by is not None and by not in columns:
         problems.append(Problem(data, f"no row has a column {by!r} to group by; there are: {', '.join(columns)}"))
     raise_problems(problems)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from finetune.data.conversations import Turn
-from finetune.data.examples import Encoder
-from finetune.data.template import TemplateProblem
+from finetune.data.encoder import Encoder
+from finetune.data.rows import Turn
+from finetune.data.template import Rendered, TemplateProblem
 from finetune.errors import Problem, UserError, raise_problems
 from finetune.train.trainer import autocast
 from finetune.use.target import Target, transformers_model
@@ -101,20 +101,24 @@ def generate(  # noqa: PLR0913 - the options of the command, one to one
     """One answer a prompt, in order; a prompt is one user turn through the template, or with `raw` a text to go on.
 
     Raises:
-        UserError: the target has no template, or a prompt holds a control token or leaves no room to answer.
+        UserError: the target has no template, or a prompt leaves no room to answer.
     """
     sampling = Sampling(temperature, top_p, seed)
-    texts = [raw_text(target, prompt) if raw else user_text(target, prompt, system=system) for prompt in prompts]
-    ids = [encoding.ids for encoding in Encoder(target.base).encode(texts)]
-    completions = complete(target, ids, max_new_tokens=max_new_tokens, sampling=sampling)
+    encoder = Encoder(target.base)
+    ids = encoder.encode(
+        [raw_text(target, prompt) if raw else user_prompt(target, prompt, encoder, system=system) for prompt in prompts]
+    )
+    completions = complete(
+        target, [encoding.ids.tolist() for encoding in ids], max_new_tokens=max_new_tokens, sampling=sampling
+    )
     return [Answer(prompt, c.text, c.stopped, c.tokens) for prompt, c in zip(prompts, completions, strict=True)]
 
 
-def user_text(target: Target, prompt: str, *, system: str | None = None) -> str:
-    """The text that asks for an answer to one user turn; without `system` the run's own system prompt stands first."""
+def user_prompt(target: Target, prompt: str, encoder: Encoder, *, system: str | None = None) -> Rendered:
+    """What asks for an answer to one user turn; without `system` the run's own system prompt stands first."""
     system = target.system if system is None else system
     before = [Turn("system", system)] if system is not None else []
-    return conversation_text(target, [*before, Turn("user", prompt)])
+    return conversation_prompt(target, [*before, Turn("user", prompt)], encoder)
 
 
 def raw_text(target: Target, text: str) -> str:
@@ -123,21 +127,17 @@ def raw_text(target: Target, text: str) -> str:
     return text if text.startswith(bos) else bos + text
 
 
-def conversation_text(target: Target, turns: Sequence[Turn]) -> str:
-    """The turns as the template writes them, up to where the assistant starts to speak.
+def conversation_prompt(target: Target, turns: Sequence[Turn], encoder: Encoder) -> Rendered:
+    """The turns as the template writes them, up to where the assistant starts to speak; a turn's text stays text.
 
     Raises:
-        UserError: no template, one that refuses these turns, or a user's text that would be read as a control token.
+        UserError: no template, or one that refuses these turns.
     """
     if target.template is None:
         message = "this base has no chat template; add `--template alpaca`, or continue text with `generate --raw`"
         raise UserError(Problem(target.name, message))
-    for special in Encoder(target.base).special_texts:
-        if any(special in turn.text for turn in turns if turn.role != "assistant"):
-            message = f"contains {special!r}, which this tokenizer reads as a control token; remove it, or use --raw"
-            raise UserError(Problem("prompt", message))
     try:
-        return target.template.text(turns, add_generation_prompt=True)
+        return target.template.render_prompt(turns, control_texts=encoder.special_texts)
     except TemplateProblem as problem:
         raise UserError(Problem(f"template {target.template.name}", str(problem))) from problem
 

@@ -15,14 +15,13 @@ from finetune.artifact import read_json
 from finetune.base import (
     PLAIN_TOKENIZER_CLASSES,
     Base,
-    load_tokenizer,
     read_base,
     read_chat_template,
     sha256_of,
     weight_files,
 )
-from finetune.data.conversations import Turn
-from finetune.data.examples import Encoder
+from finetune.data.encoder import Encoder
+from finetune.data.rows import Turn
 from finetune.data.template import Template, TemplateProblem, choose_template, parse_date
 from finetune.errors import Problem, UserError
 from finetune.machine import probe_machine
@@ -244,7 +243,6 @@ def _base_with_tokenizer_of(base: Base, folder: Path) -> Base:
         return base
     return replace(
         base,
-        tokenizer=load_tokenizer(folder / "tokenizer.json"),
         tokenizer_folder=folder,
         chat_template=read_chat_template(folder) or base.chat_template,
     )
@@ -288,7 +286,7 @@ def _closing_token(template: Template, base: Base) -> tuple[int, ...]:
         rendered = template.render([Turn("user", "x"), Turn("assistant", "y")])
     except TemplateProblem:
         return ()
-    last = encoder.encode([rendered.text[: rendered.spans[-1][1]]])[0].ids[-1]
+    last = int(encoder.encode([rendered.text[: rendered.spans[-1][1]]])[0].ids[-1])
     return (last,) if last in encoder.special_ids else ()
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from safetensors.numpy import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune.base import TOKENIZER_FILES, Base, read_base
-from finetune.data.conversations import Conversation, Turn
-from finetune.data.examples import Encoder, Example, make_examples
-from finetune.data.sources import Row
+from finetune.data.encoder import Encoder
+from finetune.data.examples import Rules, TracedExample, label
+from finetune.data.rows import Conversation, Row, Turn
 from finetune.data.template import Template, choose_template
 from tests.conftest import POCKET
 
@@ -70,14 +71,21 @@ def base_around(tokenizer: Path, folder: Path, *, vocabulary: int = 200_000) -> 
     return read_base(str(folder))
 
 
-def conversation(*texts: str, system: str | None = None, line: int = 1) -> Conversation:
-    """User and assistant in turn, after a system turn if there is one."""
-    turns = [Turn("user" if index % 2 == 0 else "assistant", text) for index, text in enumerate(texts)]
+def conversation(*texts: str, system: str | None = None, line: int = 1, train: Sequence[bool] = ()) -> Conversation:
+    """User and assistant in turn, after a system turn if there is one; `train` says which answers are learned."""
+    trained = [*train, *[True] * (len(texts) // 2 - len(train))]
+    turns = [
+        Turn("assistant", text, trained[index // 2]) if index % 2 else Turn("user", text)
+        for index, text in enumerate(texts)
+    ]
     before = [Turn("system", system)] if system is not None else []
     return Conversation((*before, *turns), Row({}, "rows.jsonl", line))
 
 
-def example_of(whole: Conversation, base: Base, template: Template, *, loss_on: str = "assistant") -> Example:
-    (example,), problems = make_examples([whole], template, Encoder(base), loss_on=loss_on)
-    assert not problems
-    return example
+def example_of(
+    whole: Conversation, base: Base, template: Template, *, loss_on: str = "assistant", **rules: Any
+) -> TracedExample:
+    """The example of one conversation, which must not be refused."""
+    (traced,) = label([whole], template, Encoder(base), Rules(loss_on, **{"max_tokens": 100_000} | rules))
+    assert isinstance(traced, TracedExample), traced
+    return traced

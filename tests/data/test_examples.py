@@ -1,93 +1,135 @@
-"""Labels are exactly the answer: checked through offsets and tokens, on hand-made and on real rows."""
+"""Labels are exactly the answer: walked character by character, on hand-made, invented and real rows."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
+import os
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerBase
 
 from finetune.base import Base, read_base
-from finetune.data.conversations import alpaca_user_text, read_conversations
-from finetune.data.examples import NOT_LEARNED, Encoder, Example, make_examples
-from finetune.data.sources import Row
+from finetune.data.encoder import Encoder
+from finetune.data.examples import NOT_LEARNED, Rules, TracedExample, label
+from finetune.data.formats import detect_format, read_conversation
+from finetune.data.rows import REASONS, Conversation, Refusal, Row, ToolCall, Turn
 from finetune.data.template import Template, choose_template
 from tests.data.conftest import DATE, conversation, example_of
-from tests.data.test_template import CHATML
 
 POCKET = read_base("builtin:pocket-llama")
-ALPACA = choose_template("alpaca", POCKET, date=DATE)
-REAL_ROWS = 150
+ENCODER = Encoder(POCKET)
+ALPACA, NONE = (choose_template(name, POCKET, date=DATE) for name in ("alpaca", "none"))
+END = {"llama2": "</s>", "mistral": "</s>", "llama3.2-instruct": "<|eot_id|>", "pocket": "</s>"}
+LOSS_ON = ["assistant", "last-assistant", "everything"]
 
 
-def learned_characters(example: Example) -> set[int]:
-    """Characters that a supervised token stands for, straddling ones whole."""
-    return {
-        position
-        for (start, end), label in zip(example.offsets, example.labels, strict=True)
-        if label != NOT_LEARNED
-        for position in range(start, end)
-    }
+def own(body: str) -> Template:
+    """A template that writes `body` for each message."""
+    source = "{% for message in messages %}" + body + "{% endfor %}"
+    ask = "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    return Template("own", source + ask, POCKET.bos_token, POCKET.eos_token, ALPACA.date)
 
 
-def straddling(example: Example) -> list[tuple[int, int]]:
-    """Ranges of supervised tokens that begin before the span they reach into."""
-    return [
-        offsets
-        for offsets, label in zip(example.offsets, example.labels, strict=True)
-        if label != NOT_LEARNED and any(offsets[0] < start < offsets[1] for start, _ in example.spans)
-    ]
+CHATML = own("{{ '<s>' + message['role'] + '\\n' + message['content'] + eos_token + '\\n' }}")
 
 
-def check_labels(example: Example, answers: list[str], end: str) -> int:
-    """The supervised text is each answer and its end token, nothing else; returns the straddling tokens."""
-    assert [example.text[start:stop] for start, stop in example.spans] == [answer + end for answer in answers]
-    assert example.supervised_text == "".join(answer + end for answer in answers)
-    assert len(example.ids) == len(example.labels) == len(example.offsets)
-    assert all(label in (NOT_LEARNED, token) for token, label in zip(example.ids, example.labels, strict=True))
-    wanted = {position for start, stop in example.spans for position in range(start, stop)}
-    crossing = straddling(example)
-    before = {position for start, stop in crossing for position in range(start, stop)}
-    assert learned_characters(example) - before == wanted - before
-    assert wanted <= learned_characters(example)
-    assert example.straddling_tokens == len(crossing)
-    return len(crossing)
+def refused(whole: Conversation, template: Template = ALPACA, **rules: Any) -> tuple[str, str]:
+    (refusal,) = label([whole], template, ENCODER, Rules(**{"loss_on": "assistant", "max_tokens": 9999} | rules))
+    assert isinstance(refusal, Refusal), refusal
+    assert refusal.where == whole.row.where
+    assert refusal.reason in REASONS
+    return refusal.reason, refusal.message
+
+
+def walked_labels(traced: TracedExample, loss_on: str) -> list[bool]:
+    """Which tokens are learned, from the roles of single characters; the answers' places are the template's."""
+    turns = [turn for turn in traced.conversation.turns if turn.role == "assistant"]
+    spans = CHATML.render(traced.conversation.turns).spans
+    role = dict.fromkeys(range(len(traced.text)), "context")
+    for index, (turn, span) in enumerate(zip(turns, spans, strict=True)):
+        chosen = turn.train and (loss_on != "last-assistant" or index == len(turns) - 1)
+        role |= dict.fromkeys(range(*span), "answer" if chosen else "other answer" if turn.train else "never")
+    if loss_on == "everything":
+        last = max((at for at, name in role.items() if name == "answer"), default=-1)
+        role |= {at: "answer" for at, name in role.items() if at <= last and name == "context"}
+    tokens = [{role[at] for at in range(*pair)} for pair in traced.offsets.tolist()]
+    return ["answer" in names and "never" not in names for names in tokens]
+
+
+def learned_ids(traced: TracedExample) -> list[int]:
+    return [int(x) for x in traced.example.labels if x != NOT_LEARNED]
+
+
+# --- which tokens are learned ---
 
 
 def test_the_answer_and_its_end_token_are_learned_and_nothing_else() -> None:
-    example = example_of(conversation("Name a colour.", "Red."), POCKET, ALPACA)
-    assert check_labels(example, ["Red."], "</s>") == 0
-    learned = [label for label in example.labels if label != NOT_LEARNED]
+    traced = example_of(conversation("Name a colour.", "Red."), POCKET, ALPACA)
+    example, learned = traced.example, learned_ids(traced)
+    assert traced.supervised_text == "Red.</s>"
     assert learned[-1] == POCKET.tokenizer.token_to_id("</s>")
     assert POCKET.tokenizer.decode(learned, skip_special_tokens=False) == "Red.</s>"
-    assert example.ids[: -len(learned)] == example.prompt_ids
-    assert example.supervised_tokens == len(learned)
+    prompt = ALPACA.text([Turn("user", "Name a colour.")], add_generation_prompt=True)
+    assert POCKET.tokenizer.encode(prompt, add_special_tokens=False).ids == example.prompt_ids.tolist()
+    assert [*example.prompt_ids, *learned] == example.ids.tolist()
+    assert (example.supervised_tokens, example.cut_tokens, traced.straddling_tokens) == (len(learned), 0, 0)
+    assert (example.where, example.tokens, len(traced.kept)) == ("rows.jsonl:1", len(example.ids), len(example.ids))
+    assert example.ids.dtype == example.labels.dtype == np.int32
+    assert example.learned.dtype == bool
 
 
 def test_a_token_that_straddles_the_start_is_learned_and_counted() -> None:
     """Without markup "ani" + "mal" is the one token "animal"; what it begins with cannot be told apart."""
-    template = choose_template("none", POCKET, date=DATE)
-    example = example_of(conversation("one ani", "mal"), POCKET, template)
+    traced = example_of(conversation("one ani", "mal"), POCKET, NONE)
     assert POCKET.tokenizer.encode("one animal", add_special_tokens=False).tokens[-1].endswith("animal")
-    assert check_labels(example, ["mal"], "</s>") == example.straddling_tokens == 1
-    assert POCKET.tokenizer.decode([x for x in example.labels if x != NOT_LEARNED]).strip() == "animal"
-    assert example_of(conversation("one", " animal"), POCKET, template).straddling_tokens == 0
+    assert POCKET.tokenizer.decode(learned_ids(traced)).strip() == "animal"
+    assert (traced.supervised_text, traced.straddling_tokens) == ("mal</s>", 1)
+    assert example_of(conversation("one", " animal"), POCKET, NONE).straddling_tokens == 0
 
 
-def test_a_post_processor_that_trims_offsets_does_not_hide_a_leading_space() -> None:
-    """GPT-2's byte-level post-processor takes the space of " red" out of the token's offsets."""
-    tokenizer = Tokenizer.from_str(POCKET.tokenizer.to_str())
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    trimmed = tokenizer.encode("a red", add_special_tokens=False)
-    assert (trimmed.tokens, trimmed.offsets) == (["a", "Ġred"], [(0, 1), (2, 5)])
-    example = example_of(conversation("Name a colour.", " red"), replace(POCKET, tokenizer=tokenizer), ALPACA)
-    assert check_labels(example, [" red"], "</s>") == 0
+@pytest.mark.parametrize("texts", [("one ani", "mal", " x"), ("one", " ani", "mal x")], ids=["start", "end"])
+def test_a_token_that_is_partly_an_unlearned_answer_is_not_learned(texts: tuple[str, ...]) -> None:
+    source = (
+        "{% for message in messages %}{{ message['content'] + (eos_token if loop.index == 4 else '') }}{% endfor %}"
+    )
+    template = Template("silent", source, None, POCKET.eos_token, ALPACA.date)
+    traced = example_of(conversation(*texts, "y", train=[False]), POCKET, template, loss_on="everything")
+    assert traced.text == "one animal xy</s>"
+    assert [traced.text[start:end] for start, end in traced.spans] == [texts[0], f"{texts[2]}y</s>"]
+    learned = traced.offsets[traced.example.learned].tolist()
+    assert "".join(traced.text[start:end] for start, end in learned) == "one xy</s>"
+    assert traced.straddling_tokens == 0
+
+
+WORDS = ["Hello", "Yes", " animal", "", "👍🏽 日本", "e\u0301", "</s", "<s>assistant\n"]
+answers = st.one_of(st.sampled_from(WORDS), st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=12))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(answers, answers, st.booleans()), min_size=1, max_size=4), st.sampled_from(LOSS_ON))
+def test_labels_are_what_walking_the_characters_gives(rounds: list[tuple[str, str, bool]], loss_on: str) -> None:
+    whole = conversation(*[x for ask, say, _ in rounds for x in (ask, say)], train=[train for *_, train in rounds])
+    (traced,) = label([whole], CHATML, ENCODER, Rules(loss_on, 9999))
+    if isinstance(traced, Refusal):
+        asked = [train for *_, train in rounds]
+        assert traced.reason == "no_supervised_token"
+        assert not any(asked[-1:] if loss_on == "last-assistant" else asked)
+        return
+    expected = walked_labels(traced, loss_on)
+    assert traced.example.learned.tolist() == expected
+    assert traced.example.supervised_tokens == sum(expected[1:])
+    assert POCKET.tokenizer.decode(traced.example.ids, skip_special_tokens=False) == traced.text
+    # One control token is written before a turn and one behind it, whatever the turns say.
+    ids = traced.example.ids.tolist()
+    assert ids.count(POCKET.tokenizer.token_to_id("<s>")) == ids.count(POCKET.tokenizer.token_to_id("</s>"))
+    assert ids.count(POCKET.tokenizer.token_to_id("</s>")) == 2 * len(rounds)
 
 
 @pytest.mark.parametrize(
@@ -95,119 +137,297 @@ def test_a_post_processor_that_trims_offsets_does_not_hide_a_leading_space() -> 
     [
         ("assistant", ["Hello</s>", "Yes</s>"]),
         ("last-assistant", ["Yes</s>"]),
-        ("everything", [ALPACA.render(conversation("Hi", "Hello", "More", "Yes").turns).text]),
+        ("everything", [ALPACA.text(conversation("Hi", "Hello", "More", "Yes").turns, add_generation_prompt=False)]),
     ],
 )
 def test_loss_on(loss_on: str, learned: list[str]) -> None:
-    example = example_of(conversation("Hi", "Hello", "More", "Yes"), POCKET, ALPACA, loss_on=loss_on)
-    assert [example.text[start:end] for start, end in example.spans] == learned
-    decoded = POCKET.tokenizer.decode([x for x in example.labels if x != NOT_LEARNED], skip_special_tokens=False)
-    assert decoded == "".join(learned)
+    traced = example_of(conversation("Hi", "Hello", "More", "Yes"), POCKET, ALPACA, loss_on=loss_on)
+    assert [traced.text[start:end] for start, end in traced.spans] == learned
+    assert POCKET.tokenizer.decode(learned_ids(traced), skip_special_tokens=False) == "".join(learned)
     # The first token of a text has no predecessor, so it is never a target.
-    assert example.supervised_tokens == sum(x != NOT_LEARNED for x in example.labels) - (loss_on == "everything")
+    assert traced.example.supervised_tokens == len(learned_ids(traced)) - (loss_on == "everything")
+    assert traced.example.prompt_tokens == traced.example.tokens - len(POCKET.tokenizer.encode("Yes</s>").ids)
 
 
-@pytest.mark.parametrize("loss_on", ["assistant", "last-assistant", "everything"])
-def test_a_template_that_separates_turns_teaches_to_stop(tmp_path: Path, loss_on: str) -> None:
-    file = tmp_path / "chatml.jinja"
-    file.write_text(CHATML)
-    template = choose_template(str(file), POCKET, date=DATE)
-    example = example_of(conversation("Hi", "Hello"), POCKET, template, loss_on=loss_on)
-    assert [x for x in example.labels if x != NOT_LEARNED][-1] == POCKET.tokenizer.token_to_id("</s>")
-    assert example.text.endswith("</s>\n")
-
-
-def test_a_template_without_an_end_token_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "endless.jinja"
-    file.write_text("{% for message in messages %}{{ message['content'] }}\n{% endfor %}")
-    template = choose_template(str(file), POCKET, date=DATE)
-    _, (problem,) = make_examples([conversation("Hi", "Hello", line=7)], template, Encoder(POCKET), loss_on="assistant")
-    assert problem.where == "rows.jsonl:7"
-    assert "the model would never stop; end the assistant's turn with eos_token" in problem.message
-
-
-@pytest.mark.parametrize("texts", [("say </s> now", "Hello"), ("Hi", "Hello <s>")], ids=["user", "assistant"])
-def test_the_text_of_a_special_token_is_refused(texts: tuple[str, str]) -> None:
-    rows = [conversation("fine", "yes", line=3), conversation(*texts, line=4)]
-    examples, (problem,) = make_examples(rows, ALPACA, Encoder(POCKET), loss_on="assistant")
-    assert [example.row.line for example in examples] == [3]
-    assert problem.where == "rows.jsonl:4"
-    assert "control token; change or remove it in this row" in problem.message
-
-
-text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40).filter(
-    lambda t: "</s>" not in t and "<s>" not in t
+@pytest.mark.parametrize(
+    ("loss_on", "train", "learned"),
+    [
+        ("assistant", [False, True], "Yes</s>"),
+        ("assistant", [True, False], "Hello</s>"),
+        ("last-assistant", [False, True], "Yes</s>"),
+        ("everything", [False, True], "<s>user\nHi</s>\n<s>assistant\n\n<s>user\nMore</s>\n<s>assistant\nYes</s>"),
+        ("everything", [True, False], "<s>user\nHi</s>\n<s>assistant\nHello</s>"),
+    ],
 )
+def test_a_turn_that_is_not_to_be_trained_is_never_learned(loss_on: str, train: list[bool], learned: str) -> None:
+    traced = example_of(conversation("Hi", "Hello", "More", "Yes", train=train), POCKET, CHATML, loss_on=loss_on)
+    assert traced.supervised_text == learned
+    assert POCKET.tokenizer.decode(learned_ids(traced), skip_special_tokens=False) == learned
 
 
-@settings(max_examples=150, deadline=None)
-@given(instruction=text, answer=text)
-def test_any_unicode_answer_is_recovered_exactly(instruction: str, answer: str) -> None:
-    example = example_of(conversation(instruction, answer), POCKET, ALPACA)
-    check_labels(example, [answer], "</s>")
-    assert POCKET.tokenizer.decode(list(example.ids), skip_special_tokens=False) == example.text
-    assert example.ids.count(POCKET.tokenizer.token_to_id("<s>")) == 1
-    assert example.ids.count(POCKET.tokenizer.token_to_id("</s>")) == 1
+@pytest.mark.parametrize(
+    ("loss_on", "train"),
+    [("assistant", [False, False]), ("last-assistant", [True, False]), ("everything", [False, False])],
+)
+def test_a_row_of_which_nothing_is_learned_is_refused(loss_on: str, train: list[bool]) -> None:
+    reason, message = refused(conversation("Hi", "Hello", "More", "Yes", train=train), loss_on=loss_on)
+    assert (reason, message[:40]) == ("no_supervised_token", "row: no token of it would be learned; le")
+
+
+@pytest.mark.parametrize("loss_on", LOSS_ON)
+def test_what_separates_turns_is_behind_the_last_learned_token(loss_on: str) -> None:
+    traced = example_of(conversation("Hi", "Hello"), POCKET, CHATML, loss_on=loss_on)
+    assert learned_ids(traced)[-1] == POCKET.tokenizer.token_to_id("</s>")
+    assert traced.text.endswith("</s>\n")
+    assert not traced.example.learned[-1]
+
+
+def test_an_answer_that_never_stops_is_refused() -> None:
+    plain = Template("plain", "{% for m in messages %}{{ m['content'] }}\n{% endfor %}", None, None, ALPACA.date)
+    reason, message = refused(conversation("Hi", "Hello", line=7), plain)
+    assert reason == "never_stops"
+    assert message.endswith("the model would never stop; end the assistant's turn with eos_token")
+
+
+def test_refusals_and_examples_keep_their_order() -> None:
+    texts = ["a", "word " * 50, "b", "word " * 60, "c"]
+    rows = [conversation("Hi", text, line=line) for line, text in enumerate(texts)]
+    rows.insert(2, Conversation((Turn("tool", "x"), Turn("assistant", "y")), Row({}, "rows.jsonl", 99)))
+    labelled = label(rows, ALPACA, ENCODER, Rules("assistant", 80))
+    where = [each.where if isinstance(each, Refusal) else each.example.where for each in labelled]
+    assert where == [row.row.where for row in rows]
+    reasons = [each.reason if isinstance(each, Refusal) else None for each in labelled]
+    assert reasons == [None, "too_long", "template_refuses", None, "too_long", None]
+    assert label([], ALPACA, ENCODER, Rules("assistant", 80)) == []
+
+
+# --- the text of a control token inside a row ---
+
+
+@pytest.mark.parametrize(
+    ("texts", "literal"),
+    [(("say </s> now", "Hello"), "</s>"), (("Hi", "Hello <s>"), "<s>"), (("</s>", "</s>"), "</s></s>")],
+)
+def test_the_text_of_a_control_token_is_text_unless_asked_otherwise(texts: tuple[str, str], literal: str) -> None:
+    kept = example_of(conversation(*texts), POCKET, ALPACA)
+    assert "".join(kept.text[start:end] for start, end in kept.literals) == literal
+    control = np.isin(kept.example.ids, list(ENCODER.special_ids))
+    assert kept.offsets[control].tolist() == [[0, 3], [len(kept.text) - 4, len(kept.text)]]
+    assert kept.supervised_text == f"{texts[1]}</s>"
+    raw = example_of(conversation(*texts), POCKET, ALPACA, special_tokens="control")
+    assert raw.example.ids.tolist() == POCKET.tokenizer.encode(kept.text, add_special_tokens=False).ids
+    assert (raw.literals, raw.text, raw.spans) == ((), kept.text, kept.spans)
+
+
+# --- rows that are too long ---
+
+
+def test_too_long_is_refused_with_both_numbers() -> None:
+    whole = conversation("Hi", "pear " * 1500)
+    tokens = example_of(whole, POCKET, ALPACA).example.tokens
+    assert example_of(whole, POCKET, ALPACA, max_tokens=tokens).example.tokens == tokens
+    for too_long in ("error", "drop"):
+        told = f"row: {tokens:,} tokens, data.max_tokens is {tokens - 1:,}; "
+        told += "raise it, shorten the row, or set data.too_long: drop or truncate"
+        assert refused(whole, max_tokens=tokens - 1, too_long=too_long) == ("too_long", told)
+
+
+CUT = {"too_long": "truncate"}
+LONG = conversation("one red fox " * 30, "two</s> " * 8 + "end", "three 👍🏽日本 pears " * 20, "four")
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5, 40, 100])
+def test_a_cut_answer_is_the_beginning_of_the_whole(cut: int) -> None:
+    whole = example_of(LONG, POCKET, ALPACA, loss_on="everything")
+    short = example_of(
+        LONG, POCKET, ALPACA, loss_on="everything", max_tokens=whole.example.tokens - cut, **CUT, truncate="answer"
+    )
+    count = whole.example.tokens - cut
+    assert short.example.ids.tolist() == whole.example.ids[:count].tolist()
+    assert short.example.learned.tolist() == [True] * count
+    assert (short.example.cut_tokens, short.example.tokens) == (cut, count)
+    assert short.example.prompt_tokens == min(whole.example.prompt_tokens, count)
+    assert short.kept.tolist() == [True] * count + [False] * cut
+    assert (short.text, short.spans, short.offsets.tolist()) == (whole.text, whole.spans, whole.offsets.tolist())
+    assert short.supervised_text == whole.text[: whole.offsets[count - 1][1]]
+
+
+def test_a_row_whose_answer_is_cut_off_whole_is_refused() -> None:
+    whole = conversation("Hi " * 50, "Hello")
+    prompt = example_of(whole, POCKET, ALPACA).example.prompt_tokens
+    cut: dict[str, Any] = CUT | {"truncate": "answer"}
+    assert example_of(whole, POCKET, ALPACA, max_tokens=prompt + 1, **cut).example.supervised_tokens == 1
+    reason, message = refused(whole, max_tokens=prompt, **cut)
+    assert reason == "no_supervised_token"
+    assert message.endswith("and no answer begins before that; raise it, shorten the row, or set data.truncate: prompt")
+
+
+def asked_characters(traced: TracedExample) -> set[int]:
+    """The characters of the user's and tools' words, found from the end of the text, turn by turn."""
+    found, end = set(), len(traced.text)
+    for turn in reversed(traced.conversation.turns):
+        words = turn.text.strip()
+        end = traced.text.rindex(words, 0, end)
+        if turn.role in {"user", "tool"}:
+            found |= set(range(end, end + len(words)))
+    return found
+
+
+@pytest.mark.parametrize("template", [ALPACA, CHATML], ids=["alpaca", "chatml"])
+def test_only_the_oldest_words_of_the_prompt_are_cut(template: Template) -> None:
+    whole = example_of(LONG, POCKET, template)
+    asked = asked_characters(whole)
+    tokens = whole.example.tokens
+    for most in range(tokens - 1, 0, -7):
+        (short,) = label([LONG], template, ENCODER, Rules("assistant", most, "truncate"))
+        removable = [index for index, pair in enumerate(whole.offsets.tolist()) if set(range(*pair)) <= asked]
+        if isinstance(short, Refusal):
+            assert short.reason == "too_long"
+            left = f"and only {len(removable):,} are words of the prompt that can be cut"
+            assert left in short.message
+            assert tokens - len(removable) > most
+            continue
+        cut = np.flatnonzero(~short.kept).tolist()
+        assert cut == removable[: len(cut)]
+        # What is cut is cut exactly to the limit, but for the bytes of one character, which go together.
+        shared = [whole.offsets[index].tolist() for index in cut]
+        assert 0 <= len(cut) - (tokens - most) <= 3
+        assert len(cut) == tokens - most or shared[-1] == shared[-2]
+        assert not {tuple(x) for x in shared} & {tuple(x) for x in whole.offsets[short.kept].tolist()}
+        assert short.example.tokens == tokens - len(cut) == tokens - short.example.cut_tokens
+        assert short.example.ids.tolist() == whole.example.ids[short.kept].tolist()
+        assert learned_ids(short) == learned_ids(whole)
+        assert short.supervised_text == whole.supervised_text
+        assert short.example.tokens - short.example.prompt_tokens == tokens - whole.example.prompt_tokens
+        assert "\ufffd" not in POCKET.tokenizer.decode(short.example.ids)
+
+
+def test_a_learned_prompt_and_the_system_turn_are_never_cut() -> None:
+    learned = refused(LONG, loss_on="everything", max_tokens=300, **CUT)
+    assert learned[0] == "too_long"
+    assert "and only 0 are words of the prompt that can be cut; raise it, shorten the row" in learned[1]
+    assert refused(conversation("Hi", "Yes", system="Be brief. " * 99), max_tokens=150, **CUT)[0] == "too_long"
+
+
+@pytest.mark.parametrize("words", ["a", "Response:", "Write a response"], ids=["letter", "heading", "preamble"])
+def test_words_that_the_template_writes_too_are_not_cut(words: str) -> None:
+    """Which of the two is the user's is in doubt, so neither is touched."""
+    whole = conversation(words, "Yes")
+    tokens = example_of(whole, POCKET, ALPACA).example.tokens
+    assert "and only 0 are words" in refused(whole, max_tokens=tokens - 1, **CUT)[1]
+
+
+def test_a_tools_answer_is_cut_where_it_is_written_as_it_is() -> None:
+    call = ToolCall("weather", {}, "abcdefghi")
+    for text, cuttable in [("sunny day " * 20, True), ('"quoted" day ' * 20, False)]:
+        turns = (
+            Turn("user", "?!"),
+            Turn("assistant", "", tool_calls=(call,)),
+            Turn("tool", text, name="weather", tool_call_id=call.id),
+            Turn("assistant", "Sunny."),
+        )
+        body = "{{ '<s>' + message['role'] + '\\n' + (message['content'] | tojson if message['role'] == 'tool' else "
+        body += "message['content'] + (message['tool_calls'][0]['function']['name'] if message['tool_calls'] else ''))"
+        template = own(body + " + eos_token + '\\n' }}")
+        whole = Conversation(turns, Row({}, "rows.jsonl", 1))
+        tokens = example_of(whole, POCKET, template).example.tokens
+        (short,) = label([whole], template, ENCODER, Rules("assistant", tokens - 10, "truncate"))
+        assert isinstance(short, TracedExample) == cuttable
 
 
 # --- real tokenizers, real rows ---
 
-END = {"llama2": "</s>", "mistral": "</s>", "llama3.2-instruct": "<|eot_id|>", "pocket": "</s>"}
-
-
-def answer_as_written(name: str, template: str, output: str) -> str:
-    """What the assistant's turn says, by the template's own rules, written out by hand."""
-    if template == "alpaca" or name == "pocket":
-        return output
-    return {"llama2": f" {output.strip()} ", "mistral": f" {output.strip()}"}.get(name, output.strip())
-
 
 @pytest.fixture(scope="session")
-def real_rows(shared: Path) -> list[dict]:
-    return json.loads((shared / "alpaca" / "alpaca_en_demo.json").read_text())[:REAL_ROWS]
+def real_conversations(shared: Path) -> list[Conversation]:
+    """The first 40 rows of every file that a format reads."""
+    files = [shared / "alpaca" / "alpaca_en_demo.json"]
+    files += [*sorted((shared / "chat").iterdir()), *sorted((shared / "preference").iterdir())]
+    found: list[Conversation] = []
+    for file in files:
+        text = file.read_text()
+        values = map(json.loads, text.splitlines()) if file.suffix == ".jsonl" else iter(json.loads(text))
+        rows = [Row(each, file.name, line) for line, each in enumerate(islice(values, 40), start=1)]
+        row_format = detect_format(rows[0])
+        assert isinstance(row_format, str)
+        read = [read_conversation(row, format=row_format, system=None) for row in rows]
+        found += [each for each in read if isinstance(each, Conversation)]
+    return found
+
+
+def messages_of(whole: Conversation) -> list[dict[str, Any]]:
+    messages = []
+    for turn in whole.turns:
+        message: dict[str, Any] = {"role": turn.role, "content": turn.text}
+        if turn.tool_calls:
+            calls = [(call.id, {"name": call.name, "arguments": dict(call.arguments)}) for call in turn.tool_calls]
+            message["tool_calls"] = [{"id": number, "type": "function", "function": each} for number, each in calls]
+        message |= {"name": turn.name} if turn.name is not None else {}
+        message |= {"tool_call_id": turn.tool_call_id} if turn.tool_call_id is not None else {}
+        messages.append(message)
+    return messages
+
+
+def between_sentinels(template: Template, whole: Conversation, end: str) -> str:
+    """What the template writes for the last answer: what differs between two other answers, up to the end token.
+
+    White space that the template puts before the answer, and does not write when asked to prompt for it, is the
+    answer's.
+    """
+    one, two = (
+        template.text((*whole.turns[:-1], Turn("assistant", sentinel)), add_generation_prompt=False, tools=whole.tools)
+        for sentinel in ("q7Zk", "X9vw")
+    )
+    text = template.text(whole.turns, add_generation_prompt=False, tools=whole.tools)
+    before = len(os.path.commonprefix([one, two]))
+    behind = len(os.path.commonprefix([one[::-1], two[::-1]]))
+    prompt = template.text(whole.turns[:-1], add_generation_prompt=True, tools=whole.tools)
+    assert not text[len(prompt) : before].strip()
+    assert text[before : len(text) - behind] == whole.turns[-1].text.strip()
+    return text[len(prompt) : text.index(end, len(text) - behind) + len(end)]
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(
-    ("name", "template"),
-    [
-        ("pocket", "alpaca"),
-        ("llama2", "auto"),
-        ("llama2", "alpaca"),
-        ("mistral", "auto"),
-        ("mistral", "alpaca"),
-        ("llama3.2-instruct", "auto"),
-    ],
-)
+@pytest.mark.parametrize("name", ["llama2", "mistral", "llama3.2-instruct"])
 def test_labels_of_real_rows(
     real_base: Callable[[str], Base],
-    real_rows: list[dict],
+    real_conversations: list[Conversation],
     oracle: Callable[[str], PreTrainedTokenizerBase],
     name: str,
-    template: str,
 ) -> None:
-    base = POCKET if name == "pocket" else real_base(name)
-    chosen: Template = choose_template(template, base, date=DATE)
-    rows = [Row(values, "demo.json", line) for line, values in enumerate(real_rows)]
-    conversations, misfits = read_conversations(rows, format="alpaca", system=None)
-    examples, refused = make_examples(conversations, chosen, Encoder(base), loss_on="assistant")
-    assert not misfits
-    assert not refused
-    tokenizer = oracle(name)
-    theirs = tokenizer([example.text for example in examples], add_special_tokens=False)["input_ids"]
-    end = tokenizer.convert_tokens_to_ids(END[name])
-    crossing = 0
-    for example, values, ids in zip(examples, real_rows, theirs, strict=True):
-        assert values["instruction"].strip() in example.text
-        crossing += check_labels(example, [answer_as_written(name, template, values["output"])], END[name])
-        assert list(example.ids) == ids
-        assert [label for label in example.labels if label != NOT_LEARNED][-1] == end
-        assert example.text.count(tokenizer.bos_token) == 1
-        assert example.ids.count(tokenizer.bos_token_id) == 1
-        assert example.ids[0] == tokenizer.bos_token_id
-    assert crossing == 0
+    base, tokenizer = real_base(name), oracle(name)
+    template = choose_template("auto", base, date=DATE)
+    labelled = label(real_conversations, template, Encoder(base), Rules("last-assistant", 100_000))
+    traced = [each for each in labelled if isinstance(each, TracedExample)]
+    assert len(traced) > 0.6 * len(labelled)
+    refusals = {each.reason for each in labelled if isinstance(each, Refusal)}
+    assert refusals <= {"template_refuses", "template_drops_turn", "template_unproven"}
+    for each in traced:
+        example = each.example
+        theirs = tokenizer.apply_chat_template(
+            messages_of(each.conversation), tools=list(each.conversation.tools) or None, date_string=DATE
+        )["input_ids"]
+        if not each.literals:
+            assert example.ids.tolist() == theirs
+        assert each.supervised_text == between_sentinels(template, each.conversation, END[name])
+        assert example.ids[example.learned][-1] == tokenizer.convert_tokens_to_ids(END[name])
+        assert example.ids.tolist().count(tokenizer.bos_token_id) == each.text.count(tokenizer.bos_token)
+        assert example.ids[0] == tokenizer.bos_token_id != example.ids[1]
+        ranges = each.offsets[example.learned].tolist()
+        (span,) = each.spans
+        straddles = ranges[0][0] < span[0]
+        assert {at for pair in ranges for at in range(*pair)} == set(range(ranges[0][0], span[1]))
+        assert ranges[0][0] <= span[0] < ranges[0][1]
+        assert each.straddling_tokens == straddles
 
 
-def test_an_alpaca_input_stands_under_its_heading() -> None:
-    assert alpaca_user_text("Add.", "1 2") == "Add.\n\n### Input:\n1 2"
-    assert alpaca_user_text("Add.", "") == "Add."
+def test_the_labels_do_not_depend_on_the_batch(real_conversations: Sequence[Conversation]) -> None:
+    rows = [row for row in real_conversations if not row.tools][:30]
+    together = label(rows, ALPACA, ENCODER, Rules("assistant", 300, "truncate"))
+    for row, each in zip(rows, together, strict=True):
+        (alone,) = label([row], ALPACA, ENCODER, Rules("assistant", 300, "truncate"))
+        if isinstance(each, Refusal) or isinstance(alone, Refusal):
+            assert each == alone
+        else:
+            assert each.example.ids.tolist() == alone.example.ids.tolist()
+            assert each.example.labels.tolist() == alone.example.labels.tolist()

@@ -129,7 +129,9 @@ def test_without_the_data_nothing_is_measured_and_it_is_said(run: RunFolder, tmp
 def test_without_held_out_rows_a_fixed_sample_of_training_rows_decides(tmp_path: Path) -> None:
     source = read_source(random_run(tmp_path, data__eval=None).path)
     assert source.rows.origin == "a sample of the training rows"
-    assert [row.ids for row in source.rows.examples] == [row.ids for row in read_source(source.path).rows.examples]
+    assert [row.ids.tolist() for row in source.rows.examples] == [
+        row.ids.tolist() for row in read_source(source.path).rows.examples
+    ]
 
 
 def test_a_failed_proof_publishes_nothing_but_its_report(
@@ -258,7 +260,7 @@ def test_shards_hold_every_tensor_once_as_transformers_reads_them(run: RunFolder
 
 
 def test_a_template_that_asks_the_date_renders_with_the_recipes(tmp_path: Path) -> None:
-    source = "{{ bos_token }}{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m['role'] ~ ': ' ~ m['content'] }}"
+    source = "{{ bos_token }}{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m['content'] }}"
     source += "{{ eos_token if m['role'] == 'assistant' else '\\n' }}{% endfor %}"
     (tmp_path / "dated.jinja").write_text(source)
     made = random_run(tmp_path / "run", data__template=str(tmp_path / "dated.jinja"), data__date="3 Oct 1990")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune.data.examples import Example
 from finetune.errors import NumericsError, UserError
-from finetune.layout import lay_out_steps
+from finetune.layout import Mixture, lay_out_steps
 from finetune.model.adapter import attach_adapter
 from finetune.model.load import load_base, load_tokenizer
 from finetune.resolve import Resolved, resolve
@@ -33,8 +33,8 @@ def plain_loss(model: torch.nn.Module, examples: list[Example]) -> torch.Tensor:
     """The mean over all supervised tokens, one example at a time, full logits: the reference."""
     total, count = torch.zeros(()), 0
     for example in examples:
-        logits = model(input_ids=torch.tensor([example.ids])).logits[0, :-1].float()
-        labels = torch.tensor(example.labels[1:])
+        logits = model(input_ids=torch.tensor([example.ids.tolist()])).logits[0, :-1].float()
+        labels = torch.tensor(example.labels[1:].tolist())
         total = total + F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
         count += int((labels != -100).sum())
     return total / count
@@ -49,7 +49,7 @@ def test_the_first_loss_is_the_bases(tiny_base: Path, tmp_path: Path, dtype: str
     path = write_recipe(tmp_path, tiny_base, alpaca_rows(12), model__dtype=dtype)
     resolved = resolve(path)
     folder = run(path)
-    steps = lay_out_steps(12, batch_size=4, steps=4, seed=17)
+    steps = lay_out_steps(Mixture((12,), (1.0,)), batch_size=4, steps=4, seed=17)
     first = [resolved.data.train[index] for index in steps[0]]
     base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=getattr(torch, dtype))
     with torch.no_grad():

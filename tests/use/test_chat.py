@@ -67,8 +67,7 @@ def test_an_answer_that_never_came_leaves_no_trace(talk: Callable) -> None:
 
 def test_a_line_that_cannot_be_asked_changes_nothing(talk: Callable) -> None:
     written, prompts = talk("one", "a</s>b", "word " * CONTEXT, "two")
-    assert prompts == ["<s>one", "<s>oneok</s>two"]
-    assert "contains '</s>'" in written
+    assert prompts == ["<s>one", "<s>oneok</s>a</s>b", "<s>oneok</s>a</s>bok</s>two"]
     assert f"this line alone fills the {CONTEXT} tokens" in written
 
 

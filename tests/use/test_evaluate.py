@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.data.prepare import read_eval_examples
+from finetune.data.trace import read_eval_examples
 from finetune.errors import UserError
 from finetune.use.evaluate import Evaluation, evaluate, evaluation_text
 from finetune.use.target import Target, find_target, load_target
@@ -52,7 +52,8 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> str:
     examples = read_eval_examples(write_rows(folder / "rows.jsonl", rows), base.base, base.template)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(TRAINING_STEPS):
-        losses = [model(input_ids=torch.tensor([e.ids]), labels=torch.tensor([e.labels])).loss for e in examples]
+        pairs = [(torch.from_numpy(e.example.ids).long(), torch.from_numpy(e.example.labels).long()) for e in examples]
+        losses = [model(input_ids=ids[None], labels=labels[None]).loss for ids, labels in pairs]
         optimizer.zero_grad()
         torch.stack(losses).mean().backward()
         optimizer.step()
@@ -150,7 +151,7 @@ def test_what_cannot_be_evaluated_is_refused(tiny_folder: Path, rows_file: str, 
     long = write_rows(tmp_path / "long.jsonl", [{"instruction": "word " * 200, "output": "x"}])
     assert "but only 96 can be read" in refusal(name, data=long, template="none")
     (tmp_path / "empty.jsonl").write_text("")
-    assert "the file is empty" in refusal(name, data=str(tmp_path / "empty.jsonl"), template="none")
+    assert "holds no rows" in refusal(name, data=str(tmp_path / "empty.jsonl"), template="none")
 
 
 def test_an_evaluation_is_plain_json(taught: str, tmp_path: Path) -> None:

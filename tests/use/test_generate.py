@@ -13,10 +13,11 @@ import tokenizers
 import torch
 from transformers import GenerationConfig
 
-from finetune.data.examples import Encoder
+from finetune.data.encoder import Encoder
+from finetune.data.template import choose_template
 from finetune.errors import UserError
 from finetune.use import generate as module
-from finetune.use.generate import Sampling, complete, generate, raw_text, read_prompts, stream, user_text
+from finetune.use.generate import Sampling, complete, generate, raw_text, read_prompts, stream, user_prompt
 from finetune.use.target import Target, load_target, transformers_model
 
 from .conftest import CONTEXT
@@ -123,7 +124,9 @@ def test_a_stream_never_shows_half_a_character(tiny: Target, monkeypatch: pytest
 def test_a_space_at_the_start_is_kept_where_the_decoder_drops_it(tiny: Target) -> None:
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁a": 0, "▁b": 1, "▁c": 2}, unk_token="▁a"))
     words.decoder = tokenizers.decoders.Metaspace()
-    target = replace(tiny, base=replace(tiny.base, tokenizer=words), stop_token_ids=())
+    base = replace(tiny.base)
+    vars(base)["tokenizer"] = words
+    target = replace(tiny, base=base, stop_token_ids=())
     assert words.decode([1, 2]) == "b c"
     assert module._completion(target, [0], [1, 2]).text == " b c"
 
@@ -157,11 +160,12 @@ def test_impossible_sampling_is_refused(wrong: dict[str, float]) -> None:
 def test_a_prompt_is_one_user_turn_and_raw_is_the_text_itself(run_folder: Path) -> None:
     target = load_target(str(run_folder))
     heading = "\n\n### Instruction:\nHow?\n\n### Response:\n"
-    assert user_text(target, "How?") == f"<s>Be brief.{heading}"  # the run's own system prompt
-    assert user_text(target, "How?", system="Be long.") == f"<s>Be long.{heading}"
+    encoder = Encoder(target.base)
+    assert user_prompt(target, "How?", encoder).text == f"<s>Be brief.{heading}"  # the run's own system prompt
+    assert user_prompt(target, "How?", encoder, system="Be long.").text == f"<s>Be long.{heading}"
     assert raw_text(target, "How?") == "<s>How?"
     assert raw_text(target, "<s>How?") == "<s>How?"
-    ids = [encoding.ids for encoding in Encoder(target.base).encode([user_text(target, "How?"), "<s>How?"])]
+    ids = [encoding.ids.tolist() for encoding in encoder.encode([user_prompt(target, "How?", encoder), "<s>How?"])]
     for said, prompt in zip((generate(target, ["How?"]), generate(target, ["How?"], raw=True)), ids, strict=True):
         (completion,) = complete(target, [prompt], max_new_tokens=256)
         assert (said[0].text, said[0].tokens) == (completion.text, completion.tokens)
@@ -187,5 +191,14 @@ def test_prompts_that_cannot_be_asked_are_refused(tiny: Target) -> None:
     without = replace(tiny, template=None)
     with pytest.raises(UserError, match="add `--template alpaca`, or continue text with `generate --raw`"):
         generate(without, ["Hello"])
-    with pytest.raises(UserError, match="contains '</s>'"):
-        generate(tiny, ["Hello</s>"])
+
+
+def test_a_control_tokens_text_in_a_prompt_stays_text(tiny: Target) -> None:
+    encoder = Encoder(tiny.base)
+    eos = tiny.base.tokenizer.token_to_id("</s>")
+    prompt = user_prompt(
+        replace(tiny, template=choose_template("alpaca", tiny.base, date="26 Jul 2024")), "Hello</s>", encoder
+    )
+    assert "Hello</s>" in prompt.text
+    assert eos not in encoder.encode([prompt])[0].ids
+    assert eos in encoder.encode([prompt.text])[0].ids  # the same text without knowing whose it is
