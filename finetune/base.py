@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).parent / "assets"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 # Tokenizer classes that transformers loads from tokenizer.json as it is; all others are rebuilt by AutoTokenizer.
-PLAIN_TOKENIZER_CLASSES = {"PreTrainedTokenizerFast", "TokenizersBackend"}
+PLAIN_TOKENIZER_CLASS = "PreTrainedTokenizerFast"
+PLAIN_TOKENIZER_CLASSES = {PLAIN_TOKENIZER_CLASS, "TokenizersBackend"}
 BYTES_PER_ELEMENT = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
 BYTES_PER_ELEMENT |= {"I16": 2, "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
 
@@ -254,6 +255,11 @@ def convert_tokenizer(source: Path, target: Path) -> None:
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(str(source)).save_pretrained(str(target))
+    # transformers 5.23 does not save `legacy` of a LlamaTokenizer (models/llama/tokenization_llama.py) and would rebuild
+    # another tokenizer from what it saved: Llama 2's `<s>[INST]` would get other ids. As a plain tokenizer it is
+    # loaded as it stands in tokenizer.json.
+    settings = _read_json(target / "tokenizer_config.json") | {"tokenizer_class": PLAIN_TOKENIZER_CLASS}
+    (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _plain_tokenizer_folder(folder: Path) -> Path:
@@ -265,7 +271,7 @@ def _plain_tokenizer_folder(folder: Path) -> Path:
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not {"tokenizer.json", "tokenizer.model"} & {file.name for file in files}:
         raise UserError(Problem(str(folder), "no tokenizer: neither tokenizer.json nor tokenizer.model is there"))
-    target = cache_folder() / "tokenizers" / sha256_of(*files)[:32]
+    target = cache_folder() / "tokenizers" / f"{sha256_of(*files)[:32]}-plain"
     if not (target / "tokenizer.json").is_file():
         _convert_in_child(folder, target)
     return target

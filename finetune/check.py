@@ -150,7 +150,7 @@ def _recount(examples: Examples, stops: Sequence[int]) -> tuple[int, ...]:
 def _recount_block(store: StoredRows, start: int, stop: int, stops: Sequence[int]) -> np.ndarray:
     """The five counts of each example from start to stop: int64 [5, stop - start]."""
     bounds = store.starts[start : stop + 1]
-    ids, learned = (store.arrays[name][bounds[0] : bounds[-1]] for name in ("ids", "learned"))
+    ids, learned = (store.read(name, int(bounds[0]), int(bounds[-1])) for name in ("ids", "learned"))
     places = bounds[:-1] - bounds[0]
     supervised = np.add.reduceat(learned, places, dtype=np.int64) - learned[places]
     last = np.maximum.reduceat(np.where(learned, np.arange(len(learned)), 0), places)

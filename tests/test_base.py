@@ -8,8 +8,9 @@ import struct
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
-from finetune.base import read_base
+from finetune.base import convert_tokenizer, read_base
 from finetune.errors import UserError
 from tests.conftest import POCKET
 
@@ -86,3 +87,17 @@ def test_pocket_llama_is_read_without_its_weights() -> None:
     assert {shape.leaf for shape in facts.linears} == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
     }  # fmt: skip
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["llama2", "mistral", "llama3.2-instruct"])
+def test_a_converted_tokenizer_stays_the_same_when_it_is_loaded_again(shared: Path, tmp_path: Path, name: str) -> None:
+    source = shared / "tokenizers" / name
+    convert_tokenizer(source, tmp_path)
+    original, again = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("<s>[INST] a </s>", "<|eot_id|>x", " two  spaces\n", "[INST]é 日本 👩‍👩‍👧[/INST]"):
+        for special in (True, False):
+            ids = again(text, add_special_tokens=special).input_ids
+            assert ids == original(text, add_special_tokens=special).input_ids
+            assert again.decode(ids) == original.decode(ids)
+    assert (again.bos_token, again.eos_token, len(again)) == (original.bos_token, original.eos_token, len(original))

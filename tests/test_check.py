@@ -159,11 +159,11 @@ def test_each_proof_sees_what_it_is_for(tmp_path: Path, rows: list[dict]) -> Non
     (store,) = data.train.pool.stores
     first = int(data.train.chosen[2])
     start, end = store.starts[first : first + 2]
-    learned, ids = store.arrays["learned"].copy(), store.arrays["ids"].copy()
+    learned, ids = np.array(store.arrays["learned"]), np.array(store.arrays["ids"])
     learned[start:end] = False
     ids[end - 1] = ids[end - 2]
     count = int(store.arrays["supervised_tokens"][first])
-    early = store.arrays["learned"].copy()
+    early = np.array(store.arrays["learned"])
     early[end - 1] = False
     broken: dict[str, tuple[PreparedData, list[int]]] = {
         "a row too many": (

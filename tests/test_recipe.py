@@ -87,8 +87,8 @@ SECTION_KEYS = {
     "": "version name seed model adapter data train evaluate output",
     "model": "base revision quantization dtype",
     "adapter": "method rank alpha dropout targets from",
-    "data": "train eval format template loss_on max_tokens too_long truncate empty_answer special_tokens deduplicate leaked "
-    "drop system date",
+    "data": "train eval format template loss_on max_tokens too_long truncate empty_answer special_tokens "
+    "deduplicate leaked drop system date",
     "train": "objective epochs max_steps batch_size tokens_per_pass recompute learning_rate schedule warmup optimizer "
     "weight_decay max_grad_norm",
     "evaluate": "every_steps",
@@ -298,6 +298,7 @@ def test_all_problems_are_reported_at_once_with_their_lines(folder):
 
 
 TARGETS = "must be all-linear or a list of module names, each once"
+TEMPLATE = "must be auto, none, alpaca, vicuna, llama2, llama3, chatml, mistral, zephyr or a path that ends in .jinja"
 SOURCES = "a path, hub:OWNER/NAME, a source with keys (source, rows, weight, columns), or a list of these"
 EVAL = "must be a fraction between 0 and 1, a whole number of rows, a path, a source, or null for no evaluation"
 NAME = "must be text of at most 100 letters, digits, dots, underscores and hyphens, the first a letter or digit"
@@ -331,9 +332,7 @@ NAME = "must be text of at most 100 letters, digits, dots, underscores and hyphe
         ("data.train", "[]", f"must be {SOURCES}, got []"),
         ("data.eval", "0", f"{EVAL}, got 0"),
         ("data.eval", "1.0", f"{EVAL}, got 1.0"),
-        ("data.template", "alpacca", "must be auto, none, alpaca, vicuna, llama2, llama3, chatml, mistral, zephyr or a path that ends in .jinja, "
-         "got 'alpacca'; "
-         "did you mean 'alpaca'?"),
+        ("data.template", "alpacca", f"{TEMPLATE}, got 'alpacca'; did you mean 'alpaca'?"),
         ("data.system", "no: yes", "text is required, got keys of its own"),
         ("data.max_tokens", "1e3", "a whole number is required, got 1000.0"),
         ("data.max_tokens", "010", "010 is 8-based to some readers; write 10 for the number, '010' for the text"),

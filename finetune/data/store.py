@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.base import sha256_of
 from finetune.data.rows import REASONS, Refusal
 from finetune.machine import cache_folder
 
@@ -69,6 +70,14 @@ class StoredRows:
     def row_of_example(self) -> np.ndarray:
         """The row each example came from: int64 [N]."""
         return np.flatnonzero(self.arrays["outcome"] == 0)
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """A stretch of an array, read from its file and not through the map, so that it is gone after use."""
+        array = self.arrays[name]
+        if not isinstance(array, np.memmap):
+            return array[start:stop]
+        file = self.folder / f"{name}.bin"
+        return np.fromfile(file, array.dtype, count=stop - start, offset=start * array.itemsize)
 
     def refused(self) -> dict[str, int]:
         """How many rows were refused, by reason."""
@@ -145,10 +154,10 @@ def _open_array(folder: Path, name: str, facts: Mapping[str, Any]) -> np.ndarray
     file = folder / f"{name}.bin"
     if file.stat().st_size == 0 == facts["bytes"]:
         return np.empty(0, ARRAYS[name])
-    mapped = np.memmap(file, dtype=ARRAYS[name], mode="r")
-    if mapped.nbytes != facts["bytes"] or sha256(mapped.data).hexdigest() != facts["sha256"]:
+    # The checksum is taken of the file, not of the map: what is mapped and looked at counts as this process's memory.
+    if file.stat().st_size != facts["bytes"] or sha256_of(file) != facts["sha256"]:
         raise ValueError(f"{file} is damaged")
-    return mapped
+    return np.memmap(file, dtype=ARRAYS[name], mode="r")
 
 
 class StoreWriter:
