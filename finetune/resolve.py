@@ -36,11 +36,6 @@ def resolve(recipe_path: Path, overrides: Sequence[str] = (), *, out: Path | Non
     return Resolved(recipe, base, data, replace(plan, run_folder=out) if out else plan)
 
 
-def resolve_data(recipe_path: Path, overrides: Sequence[str] = ()) -> PreparedData:
-    """The examples alone, without asking whether the machine can train on them."""
-    return _read_base_and_data(load_recipe(recipe_path, overrides))[1]
-
-
 def _read_base_and_data(recipe: Recipe) -> tuple[Base, PreparedData]:
     try:
         base = read_base(recipe.model.base, revision=recipe.model.revision)

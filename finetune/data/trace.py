@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from finetune.base import Base
@@ -31,14 +32,19 @@ def trace(
         for found in read_rows(section):
             if isinstance(found, Refusal) and found.reason == UNREADABLE:
                 continue
-            place = found.where
-            if where in (number, place):
+            if where == number or (isinstance(where, str) and _same_place(where, found.where)):
                 reading = make_reading(section, data, base, template)
                 return label_rows([found], reading, Encoder(base))[0]
             number += 1
     counted = f"rows are counted from 0 to {number - 1}"
     there = counted if isinstance(where, int) else "write FILE:LINE, the line that the row begins on"
     raise UserError(Problem("--row", f"there is no row {where}; {there}"))
+
+
+def _same_place(asked: str, place: str) -> bool:
+    """Whether two FILE:LINE are the same, however the path is written."""
+    (file, _, line), (other_file, _, other_line) = asked.rpartition(":"), place.rpartition(":")
+    return line == other_line and (file == other_file or os.path.normpath(file) == os.path.normpath(other_file))
 
 
 def read_eval_examples(

@@ -10,10 +10,11 @@ from typing import Any, get_args
 import pytest
 
 from finetune.base import Base
+from finetune.data.examples import TracedExample
 from finetune.data.prepare import PreparedData, prepare_data, read_data
 from finetune.data.rows import REASONS
 from finetune.data.template import Template
-from finetune.data.trace import find_data_problems, read_eval_examples
+from finetune.data.trace import find_data_problems, read_eval_examples, trace
 from finetune.errors import UserError
 from finetune.recipe import DataSection, DropReason, SourceSection
 from tests.conftest import alpaca_rows
@@ -236,3 +237,14 @@ def test_plain_texts_are_learned_whole_and_closed(pocket: Base, tmp_path: Path) 
 
 def test_no_two_sentences_about_reasons_disagree() -> None:
     assert set(get_args(DropReason)) == set(REASONS)
+
+
+def test_a_place_is_found_however_its_path_is_written(
+    pocket: Base, alpaca: Template, clean: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(clean).parent)
+    section = DataSection(train="clean.jsonl")
+    for place in ("clean.jsonl:3", "./clean.jsonl:3", "x/../clean.jsonl:3", 2):
+        traced = trace(section, pocket, alpaca, place)
+        assert isinstance(traced, TracedExample)
+        assert traced.supervised_text == "answer 2</s>"
