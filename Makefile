@@ -44,4 +44,4 @@ $(READY): constraints.txt pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) $(LLAMA_CPP) build/llama-cpp-files runs releases
+	rm -rf $(VENV) $(LLAMA_CPP) build/llama-cpp-files build/test-cache runs releases

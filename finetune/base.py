@@ -255,9 +255,9 @@ def convert_tokenizer(source: Path, target: Path) -> None:
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(str(source)).save_pretrained(str(target))
-    # transformers 5.23 does not save `legacy` of a LlamaTokenizer (models/llama/tokenization_llama.py) and would rebuild
-    # another tokenizer from what it saved: Llama 2's `<s>[INST]` would get other ids. As a plain tokenizer it is
-    # loaded as it stands in tokenizer.json.
+    # transformers 5.23 does not save `legacy` of a LlamaTokenizer (models/llama/tokenization_llama.py) and would
+    # rebuild another tokenizer from what it saved: Llama 2's `<s>[INST]` would get other ids. As a plain tokenizer it
+    # is loaded as it stands in tokenizer.json.
     settings = _read_json(target / "tokenizer_config.json") | {"tokenizer_class": PLAIN_TOKENIZER_CLASS}
     (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 

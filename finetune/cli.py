@@ -7,12 +7,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from finetune.cli_text import check_text, plan_text, reading_line, train_text
+from finetune.cli_text import cache_text, check_text, plan_text, reading_line, train_text
 from finetune.errors import FinetuneError, Interrupted, OutOfMemoryError, Problem, UserError
 from finetune.machine import go_offline, quiet_libraries, share_cores
 
@@ -57,7 +58,7 @@ def train(
     _prepare(offline)
     from finetune.run import run
 
-    folder = run(recipe, overrides or (), out=out, resume=resume)
+    folder = run(recipe, overrides or (), out=out, resume=resume, reading=reading_line)
     result = {"run": str(folder.path), **folder.result}
     _answer(result, as_json, train_text(result))
 
@@ -68,7 +69,8 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = Fals
     _prepare(offline)
     from finetune.resolve import resolve
 
-    values = resolve(recipe, overrides or ()).plan.to_json()
+    with reading_line() as progress:
+        values = resolve(recipe, overrides or (), progress=progress).plan.to_json()
     _answer(values, as_json, plan_text(values))
 
 
@@ -234,6 +236,35 @@ def merge(
 
 
 @app.command()
+def export(
+    target: TargetName,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
+    format: Annotated[str, typer.Option("--format", metavar="gguf|safetensors|adapter", help="What to write.")],
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            "--quant",
+            metavar="Q",
+            help="gguf: f32, f16, bf16, q8_0 (default), q6_k, q5_k_m, q5_0, q4_k_m or q4_0.",
+        ),
+    ] = None,
+    onto: Annotated[
+        str, typer.Option("--onto", metavar="auto|original|dequantized", help="The weights the adapter is folded into.")
+    ] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Write a run, release or base in the format others load; proven before it is published."""
+    _prepare(offline=False)
+    _refuse_missing(target)
+    from finetune.release.export import export as write
+    from finetune.release.export import export_text
+
+    tell = partial(typer.echo, err=True)
+    done = write(target, format=format, out=out, quant=quant, onto=onto, progress=tell)
+    _answer(done.to_json(), as_json, export_text(done))
+
+
+@app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A release folder.")], as_json: AsJson = False
 ) -> None:
@@ -288,6 +319,25 @@ def recipes_copy(
 
     files = [str(path) for path in copy_recipe(name, to)]
     _answer({"files": files}, as_json, "\n".join(files))
+
+
+@app.command()
+def cache(
+    action: Annotated[str, typer.Argument(metavar="[show|clear]", help="clear removes all of it.")] = "show",
+    as_json: AsJson = False,
+) -> None:
+    """What the caches hold; everything in them can be made again."""
+    from finetune.cache import clear_caches, look_at_caches
+
+    if action not in ("show", "clear"):
+        raise UserError(Problem("cache", f"{action!r} is not possible; write show or clear"))
+    found = clear_caches() if action == "clear" else look_at_caches()
+    total = sum(each.bytes for each in found)
+    _answer(
+        {"bytes": total, "cleared": action == "clear", "caches": [each.to_json() for each in found]},
+        as_json,
+        cache_text(found, total, cleared=action == "clear"),
+    )
 
 
 @app.command()

@@ -171,3 +171,10 @@ def _start_line() -> Progress:
     line = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
     line.start()
     return line
+
+
+def cache_text(caches: Sequence[Any], total_bytes: int, *, cleared: bool) -> str:
+    """One line a cache: how much it holds, where, and what for."""
+    lines = [f"{each.kind:12} {each.entries:5} entries {each.bytes / 2**20:9,.1f} MiB  {each.holds}" for each in caches]
+    lines += [f"{'':12} in {caches[0].folder.parent}"]
+    return "\n".join([*lines, f"removed {total_bytes / 2**20:,.1f} MiB"] if cleared else lines)

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from finetune.artifact import RunFolder, open_run_folder
+from finetune.data.cached import Progress
 from finetune.resolve import resolve
 
 
 def run(
-    recipe_path: Path, overrides: Sequence[str] = (), *, out: Path | None = None, resume: bool = False
+    recipe_path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    reading: Callable[[], AbstractContextManager[Progress | None]] = nullcontext,
 ) -> RunFolder:
-    """Train what the recipe asks for and return the finished run folder.
+    """Train what the recipe asks for and return the finished run folder; `reading` shows the rows being read.
 
     Raises:
         UserError, NumericsError: see the stages; nothing is written before the plan is resolved.
     """
-    recipe, base, data, plan = vars(resolve(recipe_path, overrides, out=out)).values()
+    with reading() as progress:
+        recipe, base, data, plan = vars(resolve(recipe_path, overrides, out=out, progress=progress)).values()
     folder = open_run_folder(plan, recipe_path, overrides, base, recipe.data, resume=resume)
     if folder.is_finished:
         return folder

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+CHECKOUT = Path(__file__).resolve().parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["XDG_CACHE_HOME"] = str(CHECKOUT / "build" / "test-cache")  # not the home folder of whoever tests
 
 from finetune.machine import quiet_libraries
 
 quiet_libraries()
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 POCKET = CHECKOUT / "finetune" / "assets" / "pocket-llama"
 
 

@@ -36,9 +36,10 @@ ALLOWED = {
     "run": FACTS | {"data", "model", "train", "artifact", "resolve"},
     "show": FACTS | {"data"},
     "check": FACTS | {"data"},
+    "cache": {"errors", "machine"},
     "cli_text": set(),
     "cli": {"errors", "machine", "base", "run", "use", "release", "shipped", "recipe", "doctor", "cli_text"}
-    | {"resolve", "show", "check"},
+    | {"resolve", "show", "check", "cache"},
     "__main__": {"cli"},
     "__init__": set(),
     "assets": set(),

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -35,6 +37,7 @@ ARRAYS: dict[str, str] = {
     "outcome": "|u1",  # R, 0: an example, else 1 + the index of the reason in OUTCOMES
 }
 OUTCOMES = tuple(REASONS)
+LITTER_SECONDS = 24 * 3600
 FOR_PEOPLE = ("show", "page", "passes", "account", "prepare", "pool", "steps")  # files that change no id and no label
 FIRST_OF_A_KIND = 5  # so many problems of a kind are kept in words, all of them are counted
 
@@ -191,11 +194,9 @@ class StoreWriter:
         try:
             self.staging.rename(self.folder)
         except OSError:  # another run was faster, or a damaged one lies there
-            stored = open_store(self.folder)
-            if stored is not None:
-                self.discard()
-                return stored
-            self._replace_damaged()
+            if open_store(self.folder) is None:
+                self._replace_damaged()
+            self.discard()
         stored = open_store(self.folder)
         assert stored is not None
         return stored
@@ -207,17 +208,22 @@ class StoreWriter:
 
     def _replace_damaged(self) -> None:
         aside = self.folder.with_name(f"{self.folder.name}.{os.getpid()}.partial-damaged")
-        self.folder.rename(aside)
-        self.staging.rename(self.folder)
+        # Another run may be doing the same at this moment: whoever comes second finds a whole store.
+        with suppress(OSError):
+            self.folder.rename(aside)
+        with suppress(OSError):
+            self.staging.rename(self.folder)
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sweep(root: Path) -> None:
-    """Remove what killed runs left behind: a staging folder whose process is gone."""
+    """Remove what killed runs left behind: an old staging folder whose process is gone (as far as this host knows)."""
     for folder in _partial_folders(root):
         pid = folder.name.split(".")[1]
-        if pid.isdecimal() and not Path("/proc", pid).exists() and Path("/proc").is_dir():
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            is_old = time.time() - folder.stat().st_mtime > LITTER_SECONDS
+            if is_old and not (pid.isdecimal() and Path("/proc", pid).exists()):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _partial_folders(root: Path) -> Iterable[Path]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -166,6 +168,8 @@ def test_a_killed_run_leaves_no_store_and_no_litter(base: Base, rows: Path, cach
     litter = cache / f"0123.{int(gone.stdout)}.partial"
     litter.mkdir(parents=True)
     (litter / "ids.bin").write_bytes(b"half")
+    yesterday = time.time() - 25 * 3600
+    os.utime(litter, (yesterday, yesterday))
     prepare(base, rows)
     assert [folder.name.count(".") for folder in cache.iterdir()] == [0]
 
