@@ -26,6 +26,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+INTERRUPTED = Interrupted(Problem("finetune", "interrupted"), signal_number=signal.SIGINT)
+
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: see `finetune recipes`.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another value for a key, e.g. train.epochs=1.")
@@ -364,12 +366,18 @@ def main() -> None:
     """Run the command line; every way it can end is one of the documented exit codes."""
     try:
         app()
+    except SystemExit as end:  # Typer's own: help (0), a command line that it cannot read (2), Ctrl-C (130)
+        if end.code == INTERRUPTED.code:
+            _report(INTERRUPTED)
+        elif end.code:
+            _report_json(UserError(Problem("command line", "cannot be read; see the message above it, or --help")))
+        raise
+    except KeyboardInterrupt:
+        _report(INTERRUPTED)
+        raise SystemExit(INTERRUPTED.code) from None
     except FinetuneError as error:
         _report(error)
         raise SystemExit(error.code) from None
-    except KeyboardInterrupt:
-        _report(Interrupted(Problem("finetune", "interrupted"), signal_number=signal.SIGINT))
-        raise SystemExit(128 + signal.SIGINT) from None
     except MemoryError:
         cure = "out of memory; lower train.tokens_per_pass or set train.recompute: all"
         _report(OutOfMemoryError(Problem("memory", cure)))
@@ -410,6 +418,10 @@ def _report(error: FinetuneError) -> None:
         typer.echo(str(problem), err=True)
     if error.total > 1:
         typer.echo(f"{error.total} problems", err=True)
+    _report_json(error)
+
+
+def _report_json(error: FinetuneError) -> None:
     if "--json" in sys.argv:
         failure = {"code": error.code, "problems": [_problem(p) for p in error.problems]}
         typer.echo(json.dumps({**error.answer, "error": failure}))

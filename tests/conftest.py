@@ -11,7 +11,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["XDG_CACHE_HOME"] = str(CHECKOUT / "build" / "test-cache")  # not the home folder of whoever tests
 
-from finetune.machine import quiet_libraries
+from finetune.machine import quiet_libraries  # noqa: E402 - after the environment is set
 
 quiet_libraries()
 

@@ -238,6 +238,13 @@ def test_an_empty_answer_is_dropped_and_counted_where_the_recipe_says_so(here: P
     assert (values["examples"], values["rows_read"], values["dropped"]) == (7, 8, {"empty_answer": 1})
 
 
+def test_a_command_line_that_cannot_be_read_prints_its_json_object_too(here: Path) -> None:
+    done = finetune(here, "plan", "good.yaml", "--nonsense", "--json")
+    assert done.returncode == 2
+    assert "No such option: --nonsense" in done.stderr
+    assert json.loads(done.stdout)["error"]["code"] == 2
+
+
 def test_bad_data_is_told_before_anything_heavy_is_imported(here: Path) -> None:
     code = (
         "import sys; from finetune.cli import main\n"

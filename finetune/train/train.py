@@ -12,10 +12,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data.examples import Example
+from finetune.errors import Problem, StorageError
 from finetune.machine import GIB
 from finetune.model.adapter import keep_adapter_in_float32
 from finetune.plan import TrainPlan
-from finetune.train.checkpoints import find_checkpoints, step_of
+from finetune.train.checkpoints import newest_whole_checkpoint, step_of
 from finetune.train.stop import stop_on_signal
 from finetune.train.trainer import autocast, make_trainer, mean_loss
 from finetune.train.watch import Watch, draw_loss_curve, read_metrics
@@ -44,13 +45,14 @@ def train(
     held_out: Sequence[Example],
     folder: Path,
 ) -> TrainResult:
-    """Train `model` in place from the newest checkpoint in `folder`, or from the start.
+    """Train `model` in place from the newest whole checkpoint in `folder`, or from the start.
 
     Raises:
-        NumericsError: a loss is not finite.
+        NumericsError: a loss, a weight or a state is not finite.
+        StorageError: no checkpoint of an earlier start is whole, or saving failed again and again.
     """
     started = time.perf_counter()
-    checkpoints = find_checkpoints(folder / "checkpoints")
+    checkpoint = newest_whole_checkpoint(folder / "checkpoints")
     trainer = make_trainer(
         plan, model=model, tokenizer=tokenizer, examples=examples, held_out=held_out, folder=folder / "checkpoints"
     )
@@ -58,17 +60,22 @@ def train(
     watch = Watch(
         plan,
         folder / "metrics.jsonl",
-        first_step=step_of(checkpoints[-1]) if checkpoints else 0,
+        first_step=step_of(checkpoint) if checkpoint else 0,
         step_counts=lambda: (trainer.step_tokens, trainer.step_supervised),
     )
     trainer.add_callback(watch)
     with stop_on_signal() as stop:
         trainer.add_callback(stop)
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             watch.close()
     if stop.signal_number and trainer.state.global_step < plan.steps:
+        if trainer.failed_saves:
+            message = (
+                f"a signal after step {trainer.state.global_step}, which could not be saved; make room, then --resume"
+            )
+            raise StorageError(Problem(str(folder), message))
         raise stop.interrupted(step=trainer.state.global_step, folder=folder)
     eval_loss = None
     if held_out:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 from finetune.data.examples import Example
 from finetune.data.steps import steps_dataset
-from finetune.errors import NumericsError, Problem
+from finetune.errors import NumericsError, Problem, StorageError
 from finetune.layout import cut_into_passes, lay_out_steps
 from finetune.model.adapter import save_adapter
 from finetune.plan import TrainPlan
 from finetune.train.checkpoints import write_checkpoint
 from finetune.train.loss import lay_end_to_end, stretch_losses_S
+from finetune.train.state import Stateful, load_random_state, load_state, load_weights, save_state
 
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw-8bit": "adamw_bnb_8bit", "paged-adamw-8bit": "paged_adamw_8bit"}
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+FAILED_SAVES_ALLOWED = 2  # in a row; the next one ends the run
 
 
 class StepTrainer(SFTTrainer):
@@ -37,6 +41,7 @@ class StepTrainer(SFTTrainer):
         self.adapted_model = kwargs["model"]
         self.step_tokens = 0
         self.step_supervised = 0
+        self.failed_saves = 0  # in a row, up to now
         super().__init__(**kwargs)
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -72,19 +77,56 @@ class StepTrainer(SFTTrainer):
         return metrics
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        write_checkpoint(
-            Path(str(self.args.output_dir)),
-            step=self.state.global_step,
-            keep=self.plan.keep_checkpoints,
-            write=self._write_checkpoint_files,
-        )
+        """A sealed checkpoint; a disk that is full or fails is said, and only the third time in a row ends the run.
+
+        Raises:
+            NumericsError: a weight or a state is not finite.
+            StorageError: the third save in a row failed.
+        """
+        folder, step = Path(str(self.args.output_dir)), self.state.global_step
+        try:
+            write_checkpoint(folder, step=step, keep=self.plan.keep_checkpoints, write=self._write_checkpoint_files)
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+            self.failed_saves += 1
+            problem = Problem(str(folder), f"step {step} could not be saved ({error})")
+            if self.failed_saves > FAILED_SAVES_ALLOWED:
+                message = f"{problem.message}, as {self.failed_saves - 1} saves before it; make room and use --resume"
+                raise StorageError(Problem(problem.where, message)) from error
+            sys.stderr.write(f"{problem}; the run goes on, the next save tries again\n")
+        else:
+            self.failed_saves = 0
 
     def _write_checkpoint_files(self, folder: Path) -> None:
+        save_state(folder, model=self.adapted_model, optimizer=self._bare_optimizer, parts=self._parts)
         save_adapter(self.adapted_model, folder)
-        self._save_optimizer_and_scheduler(str(folder))
-        self._save_scaler(str(folder))
-        self._save_rng_state(str(folder))
         self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        load_weights(Path(resume_from_checkpoint), self.adapted_model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_state(Path(checkpoint), model=self.adapted_model, optimizer=self._bare_optimizer, parts=self._parts)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing: the scaler's state comes with the optimizer's."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_random_state(Path(checkpoint))
+
+    @property
+    def _bare_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer without accelerate's wrapper."""
+        assert self.optimizer is not None
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    @property
+    def _parts(self) -> dict[str, Stateful]:
+        """What else has a state; a scaler of the loss is there for float16 on a GPU only."""
+        assert self.lr_scheduler is not None
+        scaler = self.accelerator.scaler
+        return {"schedule": self.lr_scheduler, **({"scaler": scaler} if scaler is not None else {})}
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # the Trainer's count would want a padded batch; nothing reads it
