@@ -359,10 +359,15 @@ def _nearest_line(keys: Keys, document: Document) -> int:
     return next(document.lines[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in document.lines)
 
 
+def _visible(key: str) -> str:
+    """A key as it is, or with escapes where it holds what nobody can see, as a no-break space."""
+    return key if key.isprintable() else key.encode("unicode_escape").decode()
+
+
 def _in_file(flaws: Sequence[Flaw], path: Path) -> list[Problem]:
     def where(flaw: Flaw) -> str:
         column = f":{flaw.column}" if flaw.column else ""
-        keys = ".".join(key for key in flaw.keys if isinstance(key, str))
+        keys = ".".join(_visible(key) for key in flaw.keys if isinstance(key, str))
         return f"{path}:{flaw.line}{column}" + (f": {keys}" if keys else "")
 
     return [Problem(where(flaw), flaw.message) for flaw in sorted(flaws, key=lambda flaw: flaw.line)]

@@ -545,3 +545,10 @@ def test_the_schema_states_the_defaults_that_are_used(folder):
             assert "default" not in leaf
         elif key != "output.folder":
             assert leaf["default"] == used[key]
+
+
+def test_a_key_with_an_invisible_character_shows_it(folder):
+    path = folder / "nbsp.yaml"
+    path.write_text(MINIMAL.replace("version", "\u00a0version", 1), encoding="utf-8")
+    with pytest.raises(UserError, match=r"nbsp.yaml:1: \\xa0version: unknown key"):
+        load_recipe(path)

@@ -97,7 +97,8 @@ class StepTrainer(SFTTrainer):
             self.failed_saves = 0
 
     def _write_checkpoint_files(self, folder: Path) -> None:
-        save_state(folder, model=self.adapted_model, optimizer=self._bare_optimizer, parts=self._parts)
+        assert self.optimizer is not None
+        save_state(folder, model=self.adapted_model, optimizer=self.optimizer, parts=self._parts)
         save_adapter(self.adapted_model, folder)
         self.state.save_to_json(str(folder / "trainer_state.json"))
 
@@ -106,7 +107,8 @@ class StepTrainer(SFTTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_state(Path(checkpoint), model=self.adapted_model, optimizer=self._bare_optimizer, parts=self._parts)
+            assert self.optimizer is not None
+            load_state(Path(checkpoint), model=self.adapted_model, optimizer=self.optimizer, parts=self._parts)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Nothing: the scaler's state comes with the optimizer's."""
@@ -114,12 +116,6 @@ class StepTrainer(SFTTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             load_random_state(Path(checkpoint))
-
-    @property
-    def _bare_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer without accelerate's wrapper."""
-        assert self.optimizer is not None
-        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     @property
     def _parts(self) -> dict[str, Stateful]:

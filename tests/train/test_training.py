@@ -205,7 +205,9 @@ def test_a_loss_that_is_not_finite_is_never_logged_as_an_average(
     """transformers' logging_nan_inf_filter, on by default, would write the mean of the losses before."""
     monkeypatch.setattr(trainer_file.StepTrainer, "_refuse_non_finite", lambda *_: None)
     monkeypatch.setattr(trainer_file, "stretch_losses_S", lambda *pair: stretch_losses_S(*pair) * float("nan"))
-    run(write_recipe(tmp_path, tiny_base, alpaca_rows(8), train__max_steps=2))
+    with pytest.raises(NumericsError, match="not finite; this step is not saved"):
+        run(write_recipe(tmp_path, tiny_base, alpaca_rows(8), train__max_steps=2))
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
     assert all(math.isnan(loss) for loss in losses_of(tmp_path / "run"))
 
 
