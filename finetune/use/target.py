@@ -29,6 +29,7 @@ from finetune.model.adapter import load_adapter
 from finetune.model.load import load_base
 from finetune.plan import ModelPlan
 from finetune.recipe import DataSection
+from finetune.train.checkpoints import find_checkpoints
 
 # The file that makes a folder a target of a kind; the first that is there decides.
 MARKS = {"run": "plan.json", "adapter": "adapter_config.json", "model": "config.json"}
@@ -140,7 +141,7 @@ def _kind_of(folder: Path, target: str) -> str:
 def _run(target: str) -> FoundTarget:
     folder = Path(target).expanduser()
     if not (folder / "adapter" / MARKS["adapter"]).is_file():
-        checkpoints = sorted((folder / "checkpoints").glob("step-*"))
+        checkpoints = find_checkpoints(folder / "checkpoints")
         hint = f", or name its checkpoint {checkpoints[-1]}" if checkpoints else ""
         message = f"an unfinished run: it has no adapter/ yet; finish it with `finetune train ... --resume`{hint}"
         raise UserError(Problem(target, message))
