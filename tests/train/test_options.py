@@ -110,3 +110,21 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tiny_base: Path, tmp_pat
     name = "adapter_model.safetensors"
     assert (resumed.adapter / name).read_bytes() == (straight.adapter / name).read_bytes()
     assert json.loads((resumed.path / "result.json").read_text())["steps"] == 60
+
+
+def test_a_template_edited_after_training_began_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    recipe = write_recipe(
+        tmp_path,
+        tiny_base,
+        alpaca_rows(8),
+        data__template=str(template),
+        data__drop=["empty_answer"],
+        train__max_steps=1,
+    )
+    run(recipe)
+    run(recipe, resume=True)  # the same template: the run is finished, nothing is wrong
+    template.write_text(template.read_text().replace("{{ m.content }}", " {{ m.content }}"))
+    with pytest.raises(UserError, match="template_sha256"):
+        run(recipe, resume=True)
