@@ -151,6 +151,18 @@ def test_one_flipped_bit_is_seen_and_mended(
     assert open_store(folder) is not None
 
 
+@pytest.mark.parametrize(
+    ("written", "other"), [('"format": "alpaca"', '"format": "blpaca"'), ("rows.jsonl", "rows.jsonk")]
+)
+def test_a_changed_word_about_a_store_is_seen(base: Base, rows: Path, cache: Path, written: str, other: str) -> None:
+    prepare(base, rows)
+    (folder,) = cache.iterdir()
+    facts = (folder / "store.json").read_text()
+    assert written in facts
+    (folder / "store.json").write_text(facts.replace(written, other))
+    assert open_store(folder) is None
+
+
 @pytest.mark.parametrize("damage", ["cut", "emptied", "removed"])
 def test_a_damaged_store_is_made_anew(base: Base, rows: Path, cache: Path, damage: str) -> None:
     before = stream_of(prepare(base, rows))
