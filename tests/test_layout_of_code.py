@@ -43,6 +43,7 @@ ALLOWED = {
     "__main__": {"cli"},
     "__init__": set(),
     "assets": set(),
+    "families": set(),
 }
 DOORS = {
     "peft": {"model"},
