@@ -13,10 +13,10 @@ demo: $(READY)
 	$(RUN) tools/demo.py
 
 test: lint
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --durations=10 -m "not soak"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadgroup --durations=10 -m "not soak"
 
 soak: $(READY)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --durations=20 -m soak
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadgroup --durations=20 -m soak
 
 # Exported GGUF files against llama.cpp itself, which is compiled once: cmake, a C++ compiler, five minutes on two cores.
 test-llama-cpp: $(READY) $(LLAMA_CPP)/.ready

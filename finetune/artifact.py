@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from finetune.base import TOKENIZER_FILES, Base, sha256_of, weight_files
 from finetune.data.sources import source_files
 from finetune.data.template import Template
-from finetune.errors import Problem, UserError, raise_problems
+from finetune.errors import Problem, StorageError, UserError, raise_problems, storing
 from finetune.plan import Plan
-from finetune.recipe import DataSection
+from finetune.recipe import DataSection, load_recipe
+from finetune.resume_keys import Changes, compare_plans
 
 LIBRARIES = (
     "torch",
@@ -33,6 +36,8 @@ LIBRARIES = (
 
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+LOCK = ".running"  # finetune/run_lock.py
+BEFORE_A_PLAN = {LOCK, "recipe.yaml", "lock.json", ".lock.json.partial", ".plan.json.partial"}
 
 
 @dataclass(frozen=True)
@@ -57,20 +62,39 @@ class RunFolder:
     def result(self) -> dict[str, Any]:
         return read_json(self.path / "result.json")
 
+    def keep_ranks(self, count: int, *, allow_other: bool) -> None:
+        """Note how many ranks train; a run goes on with as many as before, or with another number if that is allowed.
+
+        Raises:
+            UserError: it is another number.
+        """
+        lock = read_json(self.path / "lock.json")
+        before = lock.get("world_size", count)
+        if before != count and not allow_other:
+            message = (
+                f"this run began with {before} ranks, now there are {count}; start as many, or add "
+                "--allow-change world_size: the same steps up to rounding, with other random numbers for dropout"
+            )
+            raise UserError(Problem(str(self.path), message))
+        if lock.get("world_size") != count:
+            write_json(self.path / "lock.json", {**lock, "world_size": count})
+
     def write_adapter(self, base: Base, template: Template, save: Callable[[Path], None]) -> None:
         """adapter/: PEFT's files, tokenizer and template; complete or not there at all."""
         staging = self.path / ".adapter.partial"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        save(staging)
-        write_tokenizer(staging, base.tokenizer_folder, template_source=template.source)
-        shutil.rmtree(self.adapter, ignore_errors=True)
-        staging.rename(self.adapter)
+        with storing(self.adapter):
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            save(staging)
+            write_tokenizer(staging, base.tokenizer_folder, template_source=template.source)
+            shutil.rmtree(self.adapter, ignore_errors=True)
+            staging.rename(self.adapter)
 
     def finish(self, result: Any) -> RunFolder:
         """Write result.json, which marks the run as finished."""
         assert is_dataclass(result)
-        write_json(self.path / "result.json", asdict(result))  # type: ignore[arg-type]
+        with storing(self.path / "result.json"):
+            write_json(self.path / "result.json", asdict(result))  # type: ignore[arg-type]
         return self
 
 
@@ -79,74 +103,125 @@ def open_run_folder(
 ) -> RunFolder:
     """The run's folder with recipe.yaml, plan.json and lock.json; one that is there already only with `resume`.
 
+    What a recipe may change in a run that goes on is said on stderr and written; see finetune/resume_keys.py.
+
     Raises:
         UserError: the folder holds another run, this run without `resume`, or something that is no run.
+        StorageError: it cannot be written, for want of room or because the disk fails.
     """
     folder = RunFolder(plan.run_folder)
     resolved = plan.to_json()
-    if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
-        _refuse_other_content(folder, resolved, resume=resume)
-        _refuse_other_inputs(folder, _lock(recipe_path, overrides, base, data, plan))
+    refuse_unusable(plan, resume=resume)
+    if not is_free(folder.path):
+        lock = _lock(recipe_path, overrides, base, data, plan)
+        changes = _compare_with_begun(folder, resolved, lock, recipe_path, overrides)
+        if changes.notes:
+            sys.stderr.write("".join(f"{folder.path}: {note}\n" for note in changes.notes))
+            with storing(folder.path):
+                _rewrite(folder, resolved, recipe_path, lock, longer=changes.longer)
         return folder
-    _refuse_no_adapter(plan)
-    if folder.path.resolve() == Path.cwd():
-        raise UserError(Problem(str(folder.path), "is the current folder; name a new folder with --out"))
-    try:
-        _create(folder, resolved, recipe_path, _lock(recipe_path, overrides, base, data, plan))
-    except (FileExistsError, NotADirectoryError, PermissionError, ValueError) as error:
-        message = f"the run folder cannot be written ({error}); name another with --out"
-        raise UserError(Problem(str(folder.path), message)) from error
+    with storing(folder.path):
+        try:
+            _create(folder, resolved, recipe_path, _lock(recipe_path, overrides, base, data, plan))
+        except (FileExistsError, NotADirectoryError, PermissionError, ValueError) as error:
+            message = f"the run folder cannot be written ({error}); name another with --out"
+            raise UserError(Problem(str(folder.path), message)) from error
     return folder
 
 
+def is_free(path: Path) -> bool:
+    """Whether a new run may begin in it: it is not there, empty, or holds what a start left that was killed."""
+    if not path.is_dir():
+        return not path.exists()
+    names = {file.name for file in path.iterdir()}
+    return names <= {LOCK} or (LOCK in names and names <= BEFORE_A_PLAN)
+
+
 def _create(folder: RunFolder, plan: dict[str, Any], recipe_path: Path, lock: dict[str, Any]) -> None:
-    staging = folder.path.with_name(f".{folder.path.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    shutil.copyfile(recipe_path, staging / "recipe.yaml")
-    write_json(staging / "plan.json", plan)
-    write_json(staging / "lock.json", lock)
-    if folder.path.exists():
-        folder.path.rmdir()
-    staging.rename(folder.path)
+    """plan.json comes last: with it the folder holds a run."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(recipe_path, folder.path / "recipe.yaml")
+    write_json(folder.path / "lock.json", lock)
+    write_json(folder.path / "plan.json", plan)
 
 
-def _refuse_no_adapter(plan: Plan) -> None:
-    """Before anything is written; whether the adapter fits the recipe is seen when it is loaded."""
+def _rewrite(folder: RunFolder, plan: dict[str, Any], recipe_path: Path, lock: dict[str, Any], *, longer: bool) -> None:
+    """The plan that a run goes on with; one that became longer is not finished any more."""
+    if longer:
+        (folder.path / "result.json").unlink(missing_ok=True)
+    before = read_json(folder.path / "lock.json")
+    staging = folder.path / ".recipe.yaml.partial"
+    shutil.copyfile(recipe_path, staging)
+    staging.replace(folder.path / "recipe.yaml")
+    write_json(folder.path / "lock.json", {**before, **lock})
+    write_json(folder.path / "plan.json", plan)
+
+
+def _compare_with_begun(
+    folder: RunFolder, plan: dict[str, Any], lock: dict[str, Any], recipe_path: Path, overrides: Sequence[str]
+) -> Changes:
+    """What changed since the run began, where all of it is allowed.
+
+    Raises:
+        UserError: with everything that has to stay as it was.
+    """
+    lock_before = _read_lock(folder)
+    asked_before = load_recipe(folder.path / "recipe.yaml", lock_before["overrides"]).settings()
+    asked_now = load_recipe(recipe_path, overrides).settings()
+    changes = compare_plans(_read_plan(folder), plan, asked_before=asked_before, asked_now=asked_now)
+    raise_problems([*changes.problems, *_changed_inputs(folder, lock_before, lock)])
+    libraries = [
+        f"{name} was {lock_before['libraries'].get(name)}, is {version}: the same training up to rounding"
+        for name, version in lock["libraries"].items()
+        if lock_before["libraries"].get(name) != version
+    ]
+    return replace(changes, notes=(*changes.notes, *libraries))
+
+
+def refuse_unusable(plan: Plan, *, resume: bool = True) -> None:
+    """Refuse what no run can begin with, before anything is written: a folder, an adapter to start from, a logger.
+
+    Whether the adapter fits the recipe is seen when it is loaded.
+    """
+    missing = [name for name in plan.train.log_to if importlib.util.find_spec(name) is None]
+    raise_problems(
+        Problem("output.log_to", f"{name} is not installed; pip install {name}, or leave it out") for name in missing
+    )
+    path = plan.run_folder
+    if not is_free(path):
+        if not (path / "plan.json").is_file():
+            what = "this folder is not empty and holds no run" if path.is_dir() else "is a file"
+            raise UserError(Problem(str(path), f"{what}; name another folder with --out"))
+        _refuse_other_run(RunFolder(path), plan.name, resume=resume)
+        return
+    if path.resolve() == Path.cwd():
+        raise UserError(Problem(str(path), "is the current folder; name a new folder with --out"))
     start = plan.adapter.start_from
-    missing = [name for name in ADAPTER_FILES if start is not None and not (start / name).is_file()]
-    if missing:
-        message = f"{start} is no adapter folder: {', '.join(missing)} is missing; name the adapter/ of a finished run"
+    absent = [name for name in ADAPTER_FILES if start is not None and not (start / name).is_file()]
+    if absent:
+        message = f"{start} is no adapter folder: {', '.join(absent)} is missing; name the adapter/ of a finished run"
         raise UserError(Problem("adapter.from", message))
 
 
-def _refuse_other_content(folder: RunFolder, plan: dict[str, Any], *, resume: bool) -> None:
-    where = str(folder.path)
-    if not (folder.path / "plan.json").is_file():
-        what = "this folder is not empty and holds no run" if folder.path.is_dir() else "is a file"
-        raise UserError(Problem(where, f"{what}; name another folder with --out"))
-    before = _read_plan(folder)
-    changed = [key for key in plan["settings"] if before["settings"].get(key) != plan["settings"][key]]
-    changed += [key for key in ("template_sha256", "tokens", "supervised_tokens") if before[key] != plan[key]]
-    if changed:
-        key = changed[0]
-        was, now = (side["settings"].get(key, side.get(key)) for side in (before, plan))
-        message = f"holds another run: {key} was {was!r}, is {now!r}; name another folder with --out"
-        raise UserError(Problem(where, message))
+def _refuse_other_run(folder: RunFolder, name: str, *, resume: bool) -> None:
+    before = _read_plan(folder)["settings"].get("name")
+    if before != name:
+        message = f"holds another run: name was {before!r}, is {name!r}; name another folder with --out"
+        raise UserError(Problem(str(folder.path), message))
     if not resume:
         state = "a finished" if folder.is_finished else "an unfinished"
-        raise UserError(Problem(where, f"holds {state} run of this recipe; add --resume, or name another with --out"))
+        message = f"holds {state} run; add --resume to go on with it, or name another with --out"
+        raise UserError(Problem(str(folder.path), message))
 
 
-def _refuse_other_inputs(folder: RunFolder, now: dict[str, Any]) -> None:
+def _changed_inputs(folder: RunFolder, before: dict[str, Any], now: dict[str, Any]) -> list[Problem]:
     """A run goes on only with the very bytes it began with; the plan alone would not see a changed word."""
-    before = read_json(folder.path / "lock.json")
-    raise_problems(
+    return [
         Problem(str(folder.path), f"{name} has changed since this run began; restore it, or name another with --out")
         for kind in ("base_sha256", "tokenizer_sha256", "data_sha256")
         for name in sorted(before[kind].keys() | now[kind].keys())
         if before[kind].get(name) != now[kind].get(name)
-    )
+    ]
 
 
 def _read_plan(folder: RunFolder) -> dict[str, Any]:
@@ -158,6 +233,14 @@ def _read_plan(folder: RunFolder) -> dict[str, Any]:
     if not known:
         raise UserError(Problem(str(folder.path), "its plan.json is none of ours; name another folder with --out"))
     return plan
+
+
+def _read_lock(folder: RunFolder) -> dict[str, Any]:
+    try:
+        return read_json(folder.path / "lock.json")
+    except (OSError, ValueError) as error:
+        message = f"its lock.json cannot be read ({error}); put it back, or name another folder with --out"
+        raise StorageError(Problem(str(folder.path), message)) from error
 
 
 def write_tokenizer(folder: Path, tokenizer_folder: Path, *, template_source: str) -> None:

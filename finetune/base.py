@@ -9,14 +9,16 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import Problem, UserError
+from finetune.errors import Problem, StorageError, UserError
+from finetune.fetch import fetch, local_folder, remote_tensors
 from finetune.machine import cache_folder
+from finetune.trust import allowed_commit, check_foreign_code, hand_over_to_child, is_trusted, take_over
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -26,6 +28,15 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 # Tokenizer classes that transformers loads from tokenizer.json as it is; all others are rebuilt by AutoTokenizer.
 PLAIN_TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 PLAIN_TOKENIZER_CLASSES = {PLAIN_TOKENIZER_CLASS, "TokenizersBackend"}
+PACKAGE_PARENT = Path(__file__).resolve().parents[1]
+CONVERT = "import sys; sys.path.insert(0, sys.argv.pop(1)); "
+CONVERT += "from finetune.base import convert_in_child; convert_in_child(*sys.argv[1:])"
+# Model types whose tokenizer transformers rebuilds from the vocabulary whatever class is declared
+# (models/auto/tokenization_auto.py, MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS).
+REBUILT_TOKENIZERS = {"qwen2", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "siglip2"}
+REBUILT_TOKENIZERS |= {"hyperclovax_vision_v2"}
+MOST_OF_ANYTHING = 1 << 31  # layers, sizes, tokens
+LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 BYTES_PER_ELEMENT = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
 BYTES_PER_ELEMENT |= {"I16": 2, "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
 
@@ -38,6 +49,7 @@ class TensorEntry:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int = 0  # of its bytes in the file
 
     @property
     def elements(self) -> int:
@@ -65,6 +77,16 @@ class LinearShape:
 
 
 @dataclass(frozen=True)
+class ExpertShape:
+    """All experts of a layer, which transformers holds as one parameter [experts, out, in], however files hold it."""
+
+    parameter: str  # e.g. model.layers.0.mlp.experts.gate_up_proj
+    experts: int
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True)
 class BaseFacts:
     """What a plan needs to know of a base; plain values only."""
 
@@ -82,6 +104,7 @@ class BaseFacts:
     stored_bytes: int
     linears: tuple[LinearShape, ...]
     isolates_by_documents: bool  # plain causal attention in every layer: documents can be attended one by one
+    experts: tuple[ExpertShape, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,6 +139,10 @@ class Base:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(Problem(str(file), f"the tokenizer cannot be read: {_first_line(error)}")) from error
 
+    def token_ids(self, tokens: Iterable[str]) -> dict[str, int | None]:
+        """The id of each token, None where the tokenizer has no such token."""
+        return {token: self.tokenizer.token_to_id(token) for token in tokens}
+
     def token_id(self, token: str) -> int:
         token_id = self.tokenizer.token_to_id(token)
         if token_id is None:
@@ -123,22 +150,30 @@ class Base:
         return token_id
 
 
-def read_base(base: str, *, revision: str | None = None) -> Base:
-    """Facts, tokenizer and template of a base.
+def read_base(base: str, *, revision: str | None = None, weights: bool = True) -> Base:
+    """Facts, tokenizer and template of a base, which is fetched if it is not here; without `weights` all but these.
 
     Raises:
-        UserError: no such base, no weights in safetensors form, or a config or tokenizer that cannot be read.
+        UserError: no such base, no weights in safetensors form, a config or tokenizer that cannot be read, or one that
+            asks for foreign code.
     """
-    folder = find_base_folder(base, revision=revision)
+    if weights or is_here(base, revision=revision):
+        folder = find_base_folder(base, revision=revision)
+        tensors = list(read_tensor_entries(folder))
+    else:
+        fetched = fetch(base, revision=revision, weights=False, tell=_tell)
+        folder = fetched.folder
+        remote = remote_tensors(base, fetched.commit)
+        tensors = [TensorEntry(name, folder, dtype, shape) for name, dtype, shape in remote]
     config = _read_json(folder / "config.json")
-    tensors = list(read_tensor_entries(folder))
-    tokenizer_folder = _plain_tokenizer_folder(folder)
+    check_foreign_code(base, folder)
+    tokenizer_folder = _plain_tokenizer_folder(folder, model_type=str(config.get("model_type", "?")))
     settings = _read_json(tokenizer_folder / "tokenizer_config.json")
     return Base(
         facts=_facts(base, revision, folder, config, tensors),
         tokenizer_folder=tokenizer_folder,
-        bos_token=_token_text(settings.get("bos_token")),
-        eos_token=_token_text(settings.get("eos_token")),
+        bos_token=_token_text(tokenizer_folder, settings, "bos_token"),
+        eos_token=_token_text(tokenizer_folder, settings, "eos_token"),
         chat_template=read_chat_template(tokenizer_folder),
     )
 
@@ -162,34 +197,72 @@ def find_base_folder(base: str, *, revision: str | None = None) -> Path:
     return _hub_folder(base, revision)
 
 
-def _hub_folder(base: str, revision: str | None) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "LICENSE*", "README.md"]
+def is_here(base: str, *, revision: str | None = None) -> bool:
+    """Whether a base is a folder, one of ours, or whole in the hub's cache; nothing is fetched."""
+    if base.startswith(("builtin:", ".", "/", "~")) or Path(base).expanduser().exists():
+        return True
     try:
-        folder = huggingface_hub.snapshot_download(base, revision=revision, allow_patterns=wanted)
-    except HFValidationError as error:
-        raise UserError(Problem("model.base", f"{base!r} is neither a folder nor a hub id")) from error
-    except LocalEntryNotFoundError as error:
-        message = f"{base!r} is not a folder here, not in the hub cache, and the hub cannot be reached; give a folder"
-        raise UserError(Problem("model.base", message)) from error
-    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
-        raise UserError(Problem("model.base", f"{base!r} could not be fetched: {_first_line(error)}")) from error
-    return Path(folder)
+        folder = local_folder(base, revision or allowed_commit(base))
+    except UserError:
+        return False
+    return folder is not None and _is_whole(folder)
+
+
+def _hub_folder(base: str, revision: str | None) -> Path:
+    """What is whole in the hub's cache is taken as it is, without a look at the network; else it is fetched."""
+    commit = allowed_commit(base)  # its code only at the commit that was allowed
+    folder = local_folder(base, revision or commit)
+    if folder is not None and _is_whole(folder) and not (commit and not list(folder.glob("*.py"))):
+        return folder
+    return fetch(base, revision=revision or commit, tell=_tell).folder
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        tokenizers = [folder / name for name in ("tokenizer.json", "tokenizer.model")]
+        return bool(weight_files(folder)) and any(file.is_file() for file in tokenizers)
+    except UserError:
+        return False
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(f"fetching {line}\n")
 
 
 def read_tensor_entries(folder: Path) -> Iterator[TensorEntry]:
     """Every stored tensor of a model folder, from the safetensors headers alone, in stored order.
 
     Raises:
-        UserError: there is no safetensors file, a shard of the index is missing, or a header is damaged.
+        UserError: there is no safetensors file, or a shard of the index is missing.
+        StorageError: a header is damaged, or does not agree with the file's size.
     """
     for file in weight_files(folder):
-        header = _safetensors_header(file)
-        for name, entry in header.items():
-            if name != "__metadata__":
-                yield TensorEntry(name, file, entry["dtype"], tuple(entry["shape"]))
+        yield from read_header(file)
+
+
+def read_header(file: Path) -> list[TensorEntry]:
+    """The tensors of one safetensors file, in stored order; they fill it from the header to its end without a gap.
+
+    Raises:
+        StorageError: the header is damaged, or does not agree with the file's size.
+    """
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > min(file.stat().st_size, LONGEST_HEADER):
+                raise ValueError("the header is longer than the file, or than 100 MB")
+            header = json.loads(stream.read(length))
+        entries = {
+            name: TensorEntry(name, file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+        ends = {name: 8 + length + header[name]["data_offsets"][1] for name in entries}
+        _refuse_overlaps(entries, ends, 8 + length, file.stat().st_size)
+        return list(entries.values())
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        message = f"damaged or incomplete weights ({error}); fetch the file again"
+        raise StorageError(Problem(str(file), message)) from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -212,7 +285,11 @@ def _shard_names(index: Path) -> list[str]:
     shard_of = _read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise UserError(Problem(str(index), "holds no weight_map, so the shards are not known; fetch the file again"))
-    return sorted({str(name) for name in shard_of.values()})
+    names = sorted({str(name) for name in shard_of.values()})
+    if outside := [name for name in names if not name or Path(name).name != name]:
+        message = f"names a shard outside this folder: {outside[0]!r}; fetch the file again"
+        raise UserError(Problem(str(index), message))
+    return names
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -236,7 +313,11 @@ def read_chat_template(tokenizer_folder: Path) -> str | None:
         return file.read_text(encoding="utf-8")
     template = _read_json(tokenizer_folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several named templates: the default one is for chatting
-        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
+    if template is not None and not isinstance(template, str):
+        message = f"chat_template: must be text, got {type(template).__name__}; correct it"
+        raise UserError(Problem(str(tokenizer_folder / "tokenizer_config.json"), message))
     return template
 
 
@@ -254,7 +335,8 @@ def convert_tokenizer(source: Path, target: Path) -> None:
     """Write the tokenizer of `source` as AutoTokenizer loads it, in tokenizer.json form. Imports transformers."""
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(str(source)).save_pretrained(str(target))
+    tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=is_trusted(source))
+    tokenizer.save_pretrained(str(target))
     # transformers 5.23 does not save `legacy` of a LlamaTokenizer (models/llama/tokenization_llama.py) and would
     # rebuild another tokenizer from what it saved: Llama 2's `<s>[INST]` would get other ids. As a plain tokenizer it
     # is loaded as it stands in tokenizer.json.
@@ -262,16 +344,23 @@ def convert_tokenizer(source: Path, target: Path) -> None:
     (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def _plain_tokenizer_folder(folder: Path) -> Path:
+def convert_in_child(source: str, target: str, trusted: str) -> None:
+    """convert_tokenizer, with the foreign code that the parent was allowed."""
+    take_over(trusted)
+    convert_tokenizer(Path(source), Path(target))
+
+
+def _plain_tokenizer_folder(folder: Path, *, model_type: str) -> Path:
     """A folder whose tokenizer.json is exactly what AutoTokenizer would load; converted once and cached if needed."""
     settings = _read_json(folder / "tokenizer_config.json")
     kind = str(settings.get("tokenizer_class", ""))
-    if (folder / "tokenizer.json").is_file() and kind in PLAIN_TOKENIZER_CLASSES:
+    is_plain = kind in PLAIN_TOKENIZER_CLASSES and model_type not in REBUILT_TOKENIZERS
+    if (folder / "tokenizer.json").is_file() and is_plain:
         return folder
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not {"tokenizer.json", "tokenizer.model"} & {file.name for file in files}:
         raise UserError(Problem(str(folder), "no tokenizer: neither tokenizer.json nor tokenizer.model is there"))
-    target = cache_folder() / "tokenizers" / f"{sha256_of(*files)[:32]}-plain"
+    target = cache_folder() / "tokenizers" / f"{sha256_of(*files)[:32]}-{model_type.replace('/', '-')}"
     if not (target / "tokenizer.json").is_file():
         _convert_in_child(folder, target)
     return target
@@ -280,9 +369,9 @@ def _plain_tokenizer_folder(folder: Path) -> Path:
 def _convert_in_child(folder: Path, target: Path) -> None:
     # In a child, so that this process never imports torch; renamed, so that a killed conversion leaves no half cache.
     staging = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    command = [sys.executable, "-c", "import sys, pathlib, finetune.base as base; base.convert_tokenizer("]
-    command[-1] += "pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))"
-    answer = subprocess.run([*command, str(folder), str(staging)], capture_output=True, text=True, check=False)
+    arguments = [str(PACKAGE_PARENT), str(folder), str(staging), hand_over_to_child()]
+    command = [sys.executable, "-P", "-c", CONVERT, *arguments]  # -P: no module of the current folder is imported
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode:
         shutil.rmtree(staging, ignore_errors=True)
         reason = answer.stderr.strip().splitlines()[-1:] or ["no reason given"]
@@ -296,9 +385,14 @@ def _facts(
     base: str, revision: str | None, folder: Path, config: dict[str, Any], tensors: list[TensorEntry]
 ) -> BaseFacts:
     text = config.get("text_config", config)
-    missing = [key for key in ("num_hidden_layers", "hidden_size", "vocab_size") if not isinstance(text.get(key), int)]
+    text = text if isinstance(text, dict) else {}
+    missing = [key for key in ("num_hidden_layers", "hidden_size", "vocab_size") if not _is_count(text.get(key))]
     if missing:
         message = f"not the config of a language model: {', '.join(missing)} is missing; name another base"
+        raise UserError(Problem(str(folder / "config.json"), message))
+    context_tokens = text.get("max_position_embeddings", 2048)
+    if not _is_count(context_tokens):
+        message = f"max_position_embeddings: a count of tokens is needed, got {str(context_tokens)[:80]!r}; correct it"
         raise UserError(Problem(str(folder / "config.json"), message))
     dtypes = sorted({tensor.dtype for tensor in tensors}, key=lambda dtype: -sum(t.dtype == dtype for t in tensors))
     return BaseFacts(
@@ -309,43 +403,78 @@ def _facts(
         layers=int(text["num_hidden_layers"]),
         hidden_size=int(text["hidden_size"]),
         vocabulary=int(text["vocab_size"]),
-        context_tokens=int(text.get("max_position_embeddings", 2048)),
+        context_tokens=context_tokens,
         tied_embeddings=not any(tensor.name.endswith("lm_head.weight") for tensor in tensors),
         stored_dtype=dtypes[0],
         parameters=sum(tensor.elements for tensor in tensors),
         stored_bytes=sum(tensor.bytes for tensor in tensors),
         linears=tuple(_linear_shapes(tensors)),
+        experts=tuple(_expert_shapes(tensors)),
         isolates_by_documents=not any(
             text.get(key) for key in ("sliding_window", "attn_logit_softcapping", "attention_chunk_size")
         ),
     )
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < MOST_OF_ANYTHING
+
+
 def _linear_shapes(tensors: list[TensorEntry]) -> Iterator[LinearShape]:
-    """The 2-D weights inside the decoder layers; embeddings and the head lie outside, norms have one dimension."""
+    """The 2-D weights inside the decoder layers; embeddings and the head lie outside, norms have one dimension.
+
+    The experts of a mixture and their router are no linear modules: transformers holds all experts of a layer as one
+    parameter (models/mixtral/modeling_mixtral.py), which bitsandbytes leaves in 16 bits.
+    """
+    with_experts = {tensor.name.partition(".experts.")[0] for tensor in tensors if ".experts." in tensor.name}
+    routers = {f"{module}.{router}.weight" for module in with_experts for router in ("gate", "router")}
     for tensor in tensors:
-        if len(tensor.shape) == 2 and ".layers." in tensor.name and tensor.name.endswith(".weight"):
+        if len(tensor.shape) != 2 or ".layers." not in tensor.name or not tensor.name.endswith(".weight"):
+            continue
+        if ".experts." not in tensor.name and tensor.name not in routers:
             yield LinearShape(tensor.name.removesuffix(".weight"), *tensor.shape)
 
 
-def _safetensors_header(file: Path) -> dict[str, Any]:
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > file.stat().st_size:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(stream.read(length))
-            unknown = {entry["dtype"] for key, entry in header.items() if key != "__metadata__"} - set(
-                BYTES_PER_ELEMENT
-            )
-            if unknown:
-                raise ValueError(f"unknown element type {', '.join(sorted(unknown))}")
-            end = 8 + length + max((entry["data_offsets"][1] for k, entry in header.items() if k != "__metadata__"))
-            if end != file.stat().st_size:
-                raise ValueError(f"{end} bytes expected, {file.stat().st_size} found")
-            return header
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(Problem(str(file), f"damaged or incomplete weights ({error}); fetch the file again")) from error
+def _expert_shapes(tensors: list[TensorEntry]) -> Iterator[ExpertShape]:
+    """Fused parameters, from files that hold them whole or expert by expert (Mixtral's w1 and w3 lie in one, w2 apart).
+
+    Whole ones may be stored [experts, in, out]: the sum of both, which counts an adapter's parameters, is the same.
+    """
+    rows: dict[str, dict[tuple[str, str], TensorEntry]] = {}
+    for tensor in tensors:
+        layer, found, rest = tensor.name.partition(".experts.")
+        number, leaf = (rest.removesuffix(".weight").split(".") + [""])[:2]
+        if not found or ".layers." not in layer or len(tensor.shape) != (2 if leaf else 3):
+            continue
+        if not leaf and number in ("gate_up_proj", "down_proj"):
+            yield ExpertShape(f"{layer}.experts.{number}", *tensor.shape)
+        elif leaf in ("w1", "w3", "gate_proj", "up_proj", "w2", "down_proj"):
+            fused = "down_proj" if leaf in ("w2", "down_proj") else "gate_up_proj"
+            rows.setdefault(f"{layer}.experts.{fused}", {})[number, leaf] = tensor
+    for parameter, pieces in rows.items():
+        count, width = len({number for number, _ in pieces}), next(iter(pieces.values())).shape[1]
+        yield ExpertShape(parameter, count, sum(piece.shape[0] for piece in pieces.values()) // count, width)
+
+
+def _refuse_overlaps(entries: dict[str, TensorEntry], ends: dict[str, int], first: int, size: int) -> None:
+    """The format allows neither holes nor overlaps (huggingface.co/docs/safetensors, "Format")."""
+    if not entries:
+        raise ValueError("it holds no tensor")
+    unknown = {entry.dtype for entry in entries.values()} - set(BYTES_PER_ELEMENT)
+    if unknown:
+        raise ValueError(f"unknown element type {', '.join(sorted(unknown))}")
+    end = max(ends.values())
+    if end != size:
+        raise ValueError(f"{end} bytes expected, {size} found")
+    position = first
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, ends[entry.name])):
+        if any(not isinstance(count, int) or count < 0 for count in (*entry.shape, entry.start)):
+            raise ValueError(f"{entry.name} has a size that is no count")
+        if entry.start != position:
+            raise ValueError(f"{entry.name} does not begin where the tensor before it ends")
+        position = ends[entry.name]
+        if position - entry.start != entry.bytes:
+            raise ValueError(f"{entry.name} has {position - entry.start} bytes, its shape needs {entry.bytes}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -353,15 +482,20 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(Problem(str(path.parent), f"not a complete base: {path.name} is missing"))
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(Problem(str(path), f"invalid JSON: {error}; fetch the file again")) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(Problem(str(path), f"invalid JSON: {_first_line(error)}; fetch the file again")) from error
     if not isinstance(values, dict):
         raise UserError(Problem(str(path), f"must hold a JSON object, got {type(values).__name__}; fetch it again"))
     return values
 
 
-def _token_text(token: Any) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
+def _token_text(folder: Path, settings: dict[str, Any], name: str) -> str | None:
+    token = settings.get(name)
+    text = token.get("content") if isinstance(token, dict) else token
+    if token is not None and not isinstance(text, str):
+        message = f"{name}: must be a token's text, got {str(token)[:80]!r}; correct it"
+        raise UserError(Problem(str(folder / "tokenizer_config.json"), message))
+    return text
 
 
 def _first_line(error: Exception) -> str:

@@ -1,40 +1,54 @@
-"""Prove before training what can be proven: a recipe in, an account of every row and token, proofs and problems out."""
+"""Prove before training what can be proven: a recipe in, an account of every row and token, proofs and problems out.
+
+A rehearsal on a small twin of the base comes last, and only where nothing else is wrong.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from finetune.base import read_base
+from finetune.artifact import refuse_unusable
+from finetune.base import Base, read_base
+from finetune.base_problems import find_adapter_problems, find_base_problems
 from finetune.data.cached import Progress
 from finetune.data.passes import Packing, packing_of
 from finetune.data.pool import Examples
 from finetune.data.prepare import PreparedData, read_data
 from finetune.data.store import StoredRows
-from finetune.errors import FinetuneError, Problem, ProofError, UserError
+from finetune.disk import refuse_full_disk
+from finetune.errors import FinetuneError, Problem, ProofError, StorageError, UserError
 from finetune.machine import probe_machine
-from finetune.plan import Plan, make_plan
+from finetune.plan import Plan, make_plan, memory_problem
 from finetune.recipe import Recipe, load_recipe
+from finetune.rehearsal import Rehearsed, left_out
 
-PARTS = ("recipe", "data")
+PARTS = ("recipe", "data", "rehearsal")
 EXAMPLES_AT_ONCE = 10_000
+REHEARSED = "rehearsal: "
+Rehearse = Callable[[Recipe, Base], Rehearsed]
 
 
 @dataclass(frozen=True)
 class Proof:
-    """A figure that must not exceed its limit."""
+    """A figure that must not exceed its limit; without one it is only recorded."""
 
     name: str
-    value: int
-    limit: int = 0
+    value: float
+    limit: float | None = 0
 
     @property
     def passed(self) -> bool:
-        return self.value <= self.limit
+        return self.value == self.value and (self.limit is None or self.value <= self.limit)
+
+    def told(self) -> Problem:
+        """What a person reads where it does not hold."""
+        bug = "" if self.name.startswith(REHEARSED) else "; a bug, please report it"
+        return Problem("check", f"{self.name}: {self.value:,.6g}, at most {self.limit or 0:,.6g} is right{bug}")
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,8 @@ class Checked:
     proofs: tuple[Proof, ...]
     problems: tuple[Problem, ...]
     total_problems: int
+    rehearsed: Rehearsed | None = None
+    failure: type[FinetuneError] = UserError  # what the problems are
 
     def to_json(self) -> dict[str, Any]:
         """The keys of `finetune check --json`; what is not known is null."""
@@ -56,18 +72,17 @@ class Checked:
             "packing": self.packing.to_json() if self.packing else None,
             "problems": [asdict(problem) for problem in self.problems],
             "proofs": [{**asdict(proof), "passed": proof.passed} for proof in self.proofs],
+            "rehearsal": self.rehearsed.to_json() if self.rehearsed else None,
         }
 
     def error(self) -> FinetuneError | None:
         """What the command fails with, its answer at hand; None if there is nothing wrong."""
-        broken = [
-            Problem("check", f"{proof.name}: {proof.value:,}, at most {proof.limit} is right; a bug, please report it")
-            for proof in self.proofs
-            if not proof.passed
-        ]
+        broken = [proof.told() for proof in self.proofs if not proof.passed]
         error: FinetuneError | None = None
         if self.problems:
-            error = UserError([*self.problems, *broken], total=self.total_problems + len(broken))
+            is_proof = self.rehearsed is not None and self.rehearsed.proof_failed
+            kind: type[FinetuneError] = ProofError if is_proof else self.failure
+            error = kind([*self.problems, *broken], total=self.total_problems + len(broken))
         elif broken:
             error = ProofError(broken)
         if error:
@@ -76,29 +91,47 @@ class Checked:
 
 
 def check(
-    recipe_path: Path, overrides: Sequence[str] = (), *, only: str | None = None, progress: Progress | None = None
+    recipe_path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    only: str | None = None,
+    progress: Progress | None = None,
+    rehearse: Rehearse | None = None,
 ) -> Checked:
-    """Recipe, base, every row and the plan, or only the part that is asked for; all problems at once.
+    """Recipe, base, every row, the plan and, with `rehearse`, a rehearsal; or only the part that is asked for.
 
     Raises:
         UserError: the recipe cannot be read, so that nothing else is known.
     """
     if only not in (None, *PARTS):
-        raise UserError(Problem("--only", f"{only!r} is not possible; write {' or '.join(PARTS)}"))
+        raise UserError(Problem("--only", f"{only!r} is not possible; write {', '.join(PARTS[:-1])} or {PARTS[-1]}"))
     recipe = load_recipe(recipe_path, overrides)
     if only == "recipe":
         return Checked(None, None, None, (), (), 0)
     try:
         base = read_base(recipe.model.base, revision=recipe.model.revision)
-    except UserError as error:
+        if only == "rehearsal":
+            return _with_rehearsal(_failed(()), recipe, base, rehearse)
+    except (UserError, StorageError) as error:
         from finetune.data.trace import find_data_problems
 
-        return _failed([*error.problems, *find_data_problems(recipe.data)])
+        failed = _failed([*error.problems, *find_data_problems(recipe.data)])
+        failed = replace(failed, rehearsed=left_out("the base cannot be read, so there is no twin of it"))
+        return replace(failed, failure=type(error))
+    checked = _check_data(recipe, base, only=only, progress=progress)
+    return checked if only == "data" else _with_rehearsal(checked, recipe, base, rehearse)
+
+
+def _check_data(recipe: Recipe, base: Base, *, only: str | None, progress: Progress | None) -> Checked:
+    """The account of the rows, and unless only the data is asked for, the base's weights and the plan."""
+    of_base: list[Problem] = []
     try:
+        of_base = [] if only == "data" else find_base_problems(base)
         data = read_data(recipe.data, base, seed=recipe.seed, progress=progress)
     except UserError as error:
-        return _failed(error.problems)
+        return _failed([*of_base, *error.problems])
     plan, problems = (None, []) if only == "data" or not len(data.train) else _plan(recipe, data)
+    problems = [*of_base, *problems]
     return Checked(
         data=data,
         plan=plan,
@@ -109,15 +142,52 @@ def check(
     )
 
 
+def _with_rehearsal(checked: Checked, recipe: Recipe, base: Base, rehearse: Rehearse | None) -> Checked:
+    """What is wrong already is cured first: a rehearsal of it would tell the same later."""
+    if rehearse is None:
+        return checked
+    if checked.problems:
+        return replace(checked, rehearsed=left_out("it comes when the problems found before it are solved"))
+    try:
+        rehearsed = rehearse(recipe, base)
+    except UserError as error:
+        return replace(checked, problems=error.problems, total_problems=len(error.problems))
+    return replace(
+        checked,
+        rehearsed=rehearsed,
+        proofs=(*checked.proofs, *map(_proof, rehearsed.proofs)),
+        problems=rehearsed.problems,
+        total_problems=len(rehearsed.problems),
+    )
+
+
+def _proof(values: Mapping[str, Any]) -> Proof:
+    return Proof(REHEARSED + values["name"], values["value"], values["limit"])
+
+
 def _failed(problems: Sequence[Problem]) -> Checked:
     return Checked(None, None, None, (), tuple(problems), len(problems))
 
 
 def _plan(recipe: Recipe, data: PreparedData) -> tuple[Plan | None, list[Problem]]:
+    machine = probe_machine()
+    token_ids = data.base.token_ids(recipe.adapter.train_tokens)
     try:
-        return make_plan(recipe, probe_machine(), data.base.facts, data.facts), []
+        token_ids = data.base.token_ids(recipe.adapter.train_tokens)
+        plan = make_plan(recipe, machine, data.base.facts, data.facts, token_ids=token_ids)
     except UserError as error:
         return None, list(error.problems)
+    problem = memory_problem(plan, machine)
+    problems = [problem] if problem else []
+    if plan.adapter.start_from:
+        problems += find_adapter_problems(plan.adapter.start_from, data.base)
+    try:
+        refuse_unusable(plan, resume=True)
+        there = next(path for path in (plan.run_folder, *plan.run_folder.absolute().parents) if path.is_dir())
+        refuse_full_disk(there, plan, merged_bytes=data.base.facts.stored_bytes)
+    except (UserError, StorageError) as error:
+        problems += error.problems
+    return plan, problems
 
 
 def prove(data: PreparedData) -> Iterator[Proof]:

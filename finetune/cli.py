@@ -6,16 +6,18 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from finetune.cli_text import cache_text, check_text, plan_text, reading_line, train_text
+from finetune.cli_text import cache_text, check_text, plan_text, reading_line, stage_line, train_text
 from finetune.errors import FinetuneError, Interrupted, OutOfMemoryError, Problem, UserError
-from finetune.machine import go_offline, quiet_libraries, share_cores
+from finetune.machine import go_offline, launched_rank, quiet_libraries, refuse_fetched_code, share_cores
+from finetune.stop import stop_on_signals
+from finetune.trust import allow_foreign_code, trusted_code, without_passwords
 
 app = typer.Typer(
     name="finetune",
@@ -31,6 +33,12 @@ INTERRUPTED = Interrupted(Problem("finetune", "interrupted"), signal_number=sign
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: see `finetune recipes`.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another value for a key, e.g. train.epochs=1.")
+]
+TrustedCode = Annotated[
+    str | None,
+    typer.Option(
+        "--trust-remote-code", metavar="REPO@COMMIT", help="Let this base run its own Python; see docs/security.md."
+    ),
 ]
 TargetName = Annotated[str, typer.Argument(metavar="TARGET", help="A run, adapter, merged folder, base or hub id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else on stderr.")]
@@ -53,45 +61,71 @@ def train(
         Path | None, typer.Option("--out", metavar="DIR", help="Run folder, in place of the recipe's.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Start, or continue from the newest checkpoint.")] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option("--allow-change", metavar="world_size", help="Go on with another number of ranks."),
+    ] = None,
+    foreign_code: TrustedCode = None,
     as_json: AsJson = False,
     offline: Offline = False,
 ) -> None:
     """Train what the recipe asks for: recipe -> run folder."""
-    _prepare(offline)
-    from finetune.run import run
+    rank, _, ranks = launched_rank()
+    with stop_on_signals(rank=rank, ranks=ranks) as stop:
+        _prepare(offline, foreign_code)
+        from finetune.run import run
 
-    folder = run(recipe, overrides or (), out=out, resume=resume, reading=reading_line)
-    result = {"run": str(folder.path), **folder.result}
-    _answer(result, as_json, train_text(result))
+        folder = run(
+            recipe,
+            overrides or (),
+            out=out,
+            resume=resume,
+            allow_change=allow_change or (),
+            reading=reading_line,
+            stop=stop,
+        )
+    if rank == 0:
+        result = {"run": str(folder.path), **folder.result}
+        _answer(result, as_json, train_text(result))
 
 
 @app.command()
-def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False, offline: Offline = False) -> None:
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    foreign_code: TrustedCode = None,
+    as_json: AsJson = False,
+    offline: Offline = False,
+) -> None:
     """Every number a run will use, resolved, before a weight is loaded."""
-    _prepare(offline)
-    from finetune.resolve import resolve
+    _prepare(offline, foreign_code)
+    from finetune.resolve import plan_values
 
     with reading_line() as progress:
-        values = resolve(recipe, overrides or (), progress=progress).plan.to_json()
-    _answer(values, as_json, plan_text(values))
+        values = plan_values(recipe, overrides or (), progress=progress)
+    _answer({**values, "foreign_code": trusted_code()}, as_json, plan_text(values))
 
 
 @app.command()
 def check(
     recipe: RecipeFile,
     only: Annotated[
-        str | None, typer.Option("--only", metavar="recipe|data", help="No more than the recipe, or it and the data.")
+        str | None,
+        typer.Option("--only", metavar="recipe|data|rehearsal", help="The recipe, the data, or the rehearsal alone."),
     ] = None,
     overrides: Overrides = None,
+    foreign_code: TrustedCode = None,
     as_json: AsJson = False,
     offline: Offline = False,
 ) -> None:
-    """Prove what can be proven before training: recipe, every row, template, labels, memory, disk."""
-    _prepare(offline)
+    """Prove what can be proven before training: recipe, base, every row, labels, memory, disk, and a rehearsal."""
+    _prepare(offline, foreign_code)
     from finetune.check import check as prove
+    from finetune.rehearsal import rehearse
 
     with reading_line() as progress:
-        checked = prove(recipe, overrides or (), only=only, progress=progress)
+        rehearsed = partial(rehearse, tell=stage_line)
+        checked = prove(recipe, overrides or (), only=only, progress=progress, rehearse=rehearsed)
     values, error = checked.to_json(), checked.error()
     if not (error and as_json):
         _answer(values, as_json, check_text(values, colour=sys.stdout.isatty()))
@@ -114,11 +148,12 @@ def show(
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page to look through.")] = None,
     rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="So many rows on the page.")] = 300,
     overrides: Overrides = None,
+    foreign_code: TrustedCode = None,
     as_json: AsJson = False,
     offline: Offline = False,
 ) -> None:
     """Rows as the model sees them: which tokens are learned, special tokens visible."""
-    _prepare(offline)
+    _prepare(offline, foreign_code)
     from finetune.show import read_recipe_data, show_page, show_row, show_step
 
     with reading_line() as progress:
@@ -147,10 +182,12 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 17,
+    foreign_code: TrustedCode = None,
     as_json: AsJson = False,
+    offline: Offline = False,
 ) -> None:
     """Text from a run, adapter, merged folder or base."""
-    _prepare(offline=False)
+    _prepare(offline, foreign_code)
     _refuse_missing(target)
     from finetune.use.generate import generate as complete_prompts
     from finetune.use.generate import read_prompts
@@ -180,9 +217,11 @@ def chat(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 17,
+    foreign_code: TrustedCode = None,
+    offline: Offline = False,
 ) -> None:
     """Talk with a run, adapter, merged folder or base."""
-    _prepare(offline=False)
+    _prepare(offline, foreign_code)
     _refuse_missing(target)
     from finetune.use.chat import chat as talk
     from finetune.use.target import load_target
@@ -206,10 +245,12 @@ def evaluate(
     ] = None,
     template: TemplateName = None,
     by: Annotated[str | None, typer.Option("--by", metavar="COLUMN", help="Also per value of this column.")] = None,
+    foreign_code: TrustedCode = None,
     as_json: AsJson = False,
+    offline: Offline = False,
 ) -> None:
     """Loss, perplexity and exact match of greedy answers."""
-    _prepare(offline=False)
+    _prepare(offline, foreign_code)
     _refuse_missing(target)
     from finetune.use.evaluate import evaluate as score
     from finetune.use.evaluate import evaluation_text
@@ -220,64 +261,204 @@ def evaluate(
 
 @app.command()
 def merge(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="A finished run folder or adapter; or several.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The release folder to write.")],
     onto: Annotated[
         str, typer.Option("--onto", metavar="auto|original|dequantized", help="The weights the adapter is folded into.")
     ] = "auto",
+    weights: Annotated[
+        list[str] | None,
+        typer.Option("--weights", metavar="W...", help="How much of each run, in their order: --weights 0.7 0.3."),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", metavar="linear|cat|ties|dare", help="How several are combined; see docs/release.md."),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option("--density", metavar="D", help="ties, dare: the share of each change that is kept.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="dare: what is dropped is drawn by it.")] = None,
+    form: Annotated[
+        str, typer.Option("--as", metavar="weights|adapter", help="Several as a merged model, or as one LoRA adapter.")
+    ] = "weights",
+    foreign_code: TrustedCode = None,
     as_json: AsJson = False,
+    offline: Offline = False,
 ) -> None:
-    """Fold a run's adapter into its base; proven before it is published."""
-    _prepare(offline=False)
-    _refuse_missing(run)
+    """Fold a run's adapter, or several with weights, into their base; proven before it is published."""
+    _prepare(offline, foreign_code)
+    paths, shares = _runs_and_weights(runs, weights or ())
+    for path in paths:
+        _refuse_missing(path)
+    is_combined = len(paths) > 1 or shares or method or density is not None or seed is not None or form != "weights"
     from finetune.release.merge import merge as fold
     from finetune.release.merge import release_text
 
-    release = fold(run, out=out, onto=onto, progress=lambda line: typer.echo(line, err=True))
-    _answer(release.to_json(), as_json, release_text(release))
+    tell = partial(typer.echo, err=True)
+    if is_combined:
+        from finetune.release.algebra import make_formula
+        from finetune.release.combined import combined_text, merge_combined
+
+        formula = make_formula(len(paths), weights=shares, method=method, density=density, seed=seed)
+        release = merge_combined(paths, formula, out=out, onto=onto, form=form, progress=tell)
+        text = combined_text(release, form=form)
+    else:
+        release = fold(paths[0], out=out, onto=onto, progress=tell)
+        text = release_text(release)
+    _answer(release.to_json(), as_json, text)
+
+
+@app.command()
+def extract(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model that was tuned: a folder or hub id.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="What became of it: a folder or hub id.")],
+    rank: Annotated[int, typer.Option("--rank", metavar="R", min=1, help="Rank of the adapter; more is more exact.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The adapter folder to write.")],
+    linears_only: Annotated[
+        bool, typer.Option("--linears-only", help="Leave out what differs elsewhere (norms, embeddings), and name it.")
+    ] = False,
+    foreign_code: TrustedCode = None,
+    as_json: AsJson = False,
+    offline: Offline = False,
+) -> None:
+    """A LoRA adapter from the difference of two models, by truncated SVD; its error is told and proven."""
+    _prepare(offline, foreign_code)
+    for model in (base, tuned):
+        _refuse_missing(model)
+    from finetune.release.extract import extract as take_difference
+    from finetune.release.extract import extract_text
+
+    tell = partial(typer.echo, err=True)
+    done = take_difference(base, tuned, rank=rank, out=out, linears_only=linears_only, progress=tell)
+    _answer(done.to_json(), as_json, extract_text(done))
 
 
 @app.command()
 def export(
     target: TargetName,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
-    format: Annotated[str, typer.Option("--format", metavar="gguf|safetensors|adapter", help="What to write.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="F",
+            help="Of the model: safetensors (as merge), gguf (llama.cpp), ollama (gguf and Modelfile), "
+            "compressed-tensors (4 bits for vLLM). Of a run's adapter alone: adapter (PEFT), gguf-adapter (llama.cpp).",
+        ),
+    ],
     quant: Annotated[
         str | None,
         typer.Option(
             "--quant",
             metavar="Q",
-            help="gguf: f32, f16, bf16, q8_0 (default), q6_k, q5_k_m, q5_0, q4_k_m or q4_0.",
+            help="Of gguf and ollama: f32, f16, bf16, q8_0 (default), q6_k, q5_k_m, q5_0, q4_k_m or q4_0.",
         ),
     ] = None,
     onto: Annotated[
         str, typer.Option("--onto", metavar="auto|original|dequantized", help="The weights the adapter is folded into.")
     ] = "auto",
+    without_template: Annotated[
+        bool,
+        typer.Option("--without-template", help="ollama: go on where Ollama's language cannot say the chat template."),
+    ] = False,
+    foreign_code: TrustedCode = None,
     as_json: AsJson = False,
+    offline: Offline = False,
 ) -> None:
     """Write a run, release or base in the format others load; proven before it is published."""
-    _prepare(offline=False)
+    _prepare(offline, foreign_code)
     _refuse_missing(target)
     from finetune.release.export import export as write
     from finetune.release.export import export_text
 
     tell = partial(typer.echo, err=True)
-    done = write(target, format=format, out=out, quant=quant, onto=onto, progress=tell)
+    done = write(
+        target,
+        format=format,
+        out=out,
+        quant=quant,
+        onto=onto,
+        without_template=without_template,
+        progress=tell,
+    )
     _answer(done.to_json(), as_json, export_text(done))
 
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A release folder.")], as_json: AsJson = False
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A release folder.")],
+    foreign_code: TrustedCode = None,
+    as_json: AsJson = False,
+    offline: Offline = False,
 ) -> None:
     """Prove a release folder again from its manifest."""
-    _prepare(offline=False)
+    _prepare(offline, foreign_code)
     _refuse_missing(folder)
-    from finetune.release.merge import release_text
     from finetune.release.verify import verify as prove_again
+    from finetune.release.verify import verify_text
 
-    release = prove_again(folder)
-    _answer(release.to_json(), as_json, release_text(release))
+    again = prove_again(folder)
+    _answer(again.to_json(), as_json, verify_text(again))
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A release: what merge or export wrote.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the hub; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Only you can see it; a public one is refused.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List every file with its bytes; no network, no token.")
+    ] = False,
+    revision: Annotated[str, typer.Option("--revision", metavar="BRANCH", help="Made if it is not there.")] = "main",
+    files_only: Annotated[
+        bool, typer.Option("--files-only", help="Compare the files with the manifest, prove nothing again.")
+    ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Delete the repository's other files in the same commit.")
+    ] = False,
+    as_json: AsJson = False,
+    offline: Offline = False,
+) -> None:
+    """Upload a release to the hub: proven again first, in one commit, compared with the hub's hashes afterwards.
+
+    The token is the one that `hf auth login` saved, or HF_TOKEN.
+    """
+    _prepare(offline)
+    _refuse_missing(folder)
+    from finetune.release.push import push as upload
+    from finetune.release.push import push_text
+
+    tell = partial(typer.echo, err=True)
+    done = upload(
+        folder,
+        repo,
+        private=private,
+        revision=revision,
+        files_only=files_only,
+        replace=replace,
+        dry_run=dry_run,
+        progress=tell,
+    )
+    _answer(done.to_json(), as_json, push_text(done))
+
+
+@app.command()
+def fetch(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="OWNER/NAME on the hub.")],
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="COMMIT", help="A commit, tag or branch; else the newest.")
+    ] = None,
+    foreign_code: TrustedCode = None,
+    as_json: AsJson = False,
+    offline: Offline = False,
+) -> None:
+    """Download a base ahead of time, with every hash compared; a broken download goes on where it stopped."""
+    _prepare(offline, foreign_code)
+    from finetune.fetch import fetch as download
+    from finetune.fetch import fetch_text
+
+    done = download(base, revision=revision, tell=partial(typer.echo, err=True))
+    _answer(done.to_json(), as_json, fetch_text(done))
 
 
 recipes_app = typer.Typer(help="The shipped recipes.", invoke_without_command=True, rich_markup_mode=None)
@@ -297,7 +478,8 @@ def recipes_list(as_json: AsJson = False) -> None:
     from finetune.shipped import list_recipes
 
     found = list_recipes()
-    text = "\n".join(f"{recipe.name:16} {recipe.summary}" for recipe in found)
+    width = max(len(recipe.name) for recipe in found)
+    text = "\n".join(f"{recipe.name:{width}}  {recipe.summary}" for recipe in found)
     _answer({"recipes": [{"name": r.name, "summary": r.summary} for r in found]}, as_json, text)
 
 
@@ -389,9 +571,11 @@ def main() -> None:
         raise SystemExit(FinetuneError.code) from None
 
 
-def _prepare(offline: bool) -> None:
-    """Before any library is imported: no telemetry, no chatter, and no network if asked."""
+def _prepare(offline: bool, foreign_code: str | None = None) -> None:
+    """Before any library is imported: no telemetry or chatter, no code but what is allowed, no network if asked."""
     quiet_libraries()
+    refuse_fetched_code()
+    allow_foreign_code(foreign_code)
     share_cores()
     if offline:
         go_offline()
@@ -409,13 +593,33 @@ def _refuse_missing(target: str | Path) -> None:
         raise UserError(Problem(str(target), problem.message) for problem in error.problems) from error
 
 
+def _runs_and_weights(words: Sequence[str], weights: Sequence[str]) -> tuple[list[Path], list[float]]:
+    """Run folders and weights; `--weights 0.7 0.3` gives its first number to the option, the others to the runs."""
+    loose = [word for word in words if weights and _is_number(word) and not Path(word).exists()]
+    numbers = [number for word in weights for number in word.replace(",", " ").split()] + loose
+    odd = [word for word in numbers if not _is_number(word)]
+    if odd:
+        raise UserError(Problem("--weights", f"{odd[0]!r} is no number; write one for each run: --weights 0.7 0.3"))
+    return [Path(word) for word in words if word not in loose], [float(number) for number in numbers]
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
 def _answer(values: Mapping[str, Any], as_json: bool, text: str) -> None:
     typer.echo(json.dumps(values, ensure_ascii=False) if as_json else text)
 
 
 def _report(error: FinetuneError) -> None:
+    if not error.problems:  # of several ranks, one speaks
+        return
     for problem in error.problems:
-        typer.echo(str(problem), err=True)
+        typer.echo(without_passwords(str(problem)), err=True)
     if error.total > 1:
         typer.echo(f"{error.total} problems", err=True)
     _report_json(error)
@@ -428,4 +632,4 @@ def _report_json(error: FinetuneError) -> None:
 
 
 def _problem(problem: Problem) -> dict[str, str]:
-    return {"where": problem.where, "message": problem.message}
+    return {"where": without_passwords(problem.where), "message": without_passwords(problem.message)}

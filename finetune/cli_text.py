@@ -31,6 +31,7 @@ def train_text(result: Mapping[str, Any]) -> str:
 
 
 def plan_text(values: Mapping[str, Any]) -> str:
+    """The plan as lines: numbers, then every setting; what is a default, estimated or unknown is marked."""
     defaults = set(values["defaults"])
     estimated = set(values["estimated"])
     numbers = [
@@ -39,20 +40,32 @@ def plan_text(values: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     lines = [f"{key:22} {_number(values[key])}{'  (estimated)' if key in estimated else ''}" for key in numbers]
     dropped = ", ".join(f"{count} {reason}" for reason, count in values["dropped"].items()) or "none"
-    lines += [f"{'rows dropped':22} {dropped}", ""]
+    lines += [f"{'rows dropped':22} {dropped}"]
+    if values["peak_memory_gib"] > values["device_memory_gib"]:
+        lines.append(f"{'does not fit':22} {values['device_name']} has {values['device_memory_gib']:.1f} GiB")
+    if values["stop_token_ids"] is None:
+        told = "the base is not on this machine: its published shape was used, tokens come from the rows' bytes"
+        lines += ["", told]
+    lines.append("")
     lines += [
-        f"{key:28} {json.dumps(value, ensure_ascii=False)}{'  (default)' if key in defaults else ''}"
+        f"{key:28} {json.dumps(value, ensure_ascii=False)}{_mark(key, defaults, estimated)}"
         for key, value in values["settings"].items()
     ]
     return "\n".join(lines)
 
 
+def _mark(key: str, defaults: set[str], estimated: set[str]) -> str:
+    return "  (estimated)" if key in estimated else "  (default)" if key in defaults else ""
+
+
 def check_text(values: Mapping[str, Any], *, colour: bool) -> str:
     """The account of `finetune check`; its problems are told elsewhere."""
-    if values["rows"] is None:
+    if values["rows"] is None and not values["rehearsal"]:
         return "" if values["problems"] else "the recipe can be read; nothing else was asked"
-    sections = [_counts(values), _lengths(values), _sources(values["sources"]), list(_notes(values)), _proofs(values)]
-    titles = ["Rows and tokens", "Tokens a row", "Sources", "Worth a look", "Proofs"]
+    known = values["rows"] is not None
+    of_rows = [_counts(values), _lengths(values), _sources(values["sources"]), list(_notes(values))] if known else []
+    sections = [*([] for _ in range(0 if known else 4)), *of_rows, _rehearsal(values["rehearsal"]), _proofs(values)]
+    titles = ["Rows and tokens", "Tokens a row", "Sources", "Worth a look", "Rehearsal on a twin", "Proofs"]
     told = []
     for title, lines in zip(titles, sections, strict=True):
         if lines:
@@ -133,10 +146,26 @@ def _notes(values: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"{words}: {values[key]:,}" for key, words in told.items() if values[key])
 
 
+def _rehearsal(rehearsal: Mapping[str, Any] | None) -> list[str]:
+    if rehearsal is None:
+        return []
+    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in rehearsal["seconds"].items())
+    found = "  (done before, nothing it depends on has changed)" if rehearsal["state"] == "found" else ""
+    return [f"{rehearsal['state']}: {stages}{found}" if stages else rehearsal["state"], *rehearsal["notes"]]
+
+
 def _proofs(values: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{'ok  ' if proof['passed'] else 'no  '} {proof['name']}: {proof['value']:,}" for proof in values["proofs"]
-    ]
+    """Every proof of the rows; of the rehearsal's, which are many, those that fail."""
+    told = [proof for proof in values["proofs"] if not (proof["passed"] and proof["name"].startswith("rehearsal: "))]
+    lines = [f"{'ok  ' if proof['passed'] else 'no  '} {proof['name']}: {proof['value']:,.6g}" for proof in told]
+    held = len(values["proofs"]) - len(told)
+    return [*lines, f"ok   {held} proofs of the rehearsal (each with --json)"] if held else lines
+
+
+def stage_line(line: str) -> None:
+    """One line on stderr where a stage begins, on a terminal or not: it takes seconds, and a log should show where."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def _number(value: Any) -> str:

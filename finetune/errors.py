@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -60,11 +62,17 @@ class ProofError(FinetuneError):
     code = 6
 
 
+class WorkerError(FinetuneError):
+    """Another process of the same run is gone or does not answer; the last checkpoint is kept."""
+
+    code = 7
+
+
 class Interrupted(FinetuneError):
     """A signal ended the run after a checkpoint was saved; the exit code is 128 + the signal's number."""
 
-    def __init__(self, problem: Problem, *, signal_number: int) -> None:
-        super().__init__(problem)
+    def __init__(self, problems: Problem | Iterable[Problem], *, signal_number: int) -> None:
+        super().__init__(problems)
         self.code = 128 + signal_number
 
 
@@ -73,3 +81,15 @@ def raise_problems(problems: Iterable[Problem], *, error: type[FinetuneError] = 
     found = tuple(problems)
     if found:
         raise error(found)
+
+
+@contextmanager
+def storing(where: Path) -> Iterator[None]:
+    """Say what could not be written as a StorageError, exit code 3."""
+    from safetensors import SafetensorError  # what a full disk is there; only now, it is no light import
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        message = f"cannot be written ({error}); make room, then the same command with --resume goes on"
+        raise StorageError(Problem(str(where), message)) from error

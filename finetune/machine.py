@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,9 +54,18 @@ def go_offline() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def launched_rank() -> tuple[int, int, int]:
+    """Rank, rank on this host and number of ranks, as a launcher such as torchrun says; (0, 0, 1) without one."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    rank, local_rank, count = (os.environ.get(name, "") for name in names)
+    if not (rank.isdecimal() and local_rank.isdecimal() and count.isdecimal()):
+        return 0, 0, 1
+    return int(rank), int(local_rank), int(count)
+
+
 def quiet_libraries() -> None:
     """Switch off the telemetry and the progress bars that libraries start on their own; set before their import."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # bitsandbytes tries to fetch a CPU kernel while it is imported, says that it failed, and works without it.
@@ -64,6 +74,17 @@ def quiet_libraries() -> None:
     # activation checkpointing (peft/peft_model.py, trl/trainer/base_config.py).
     for name in ("is_gradient_checkpointing", "gradient_checkpointing"):
         warnings.filterwarnings("ignore", category=FutureWarning, message=f"`{name}` is deprecated")
+
+
+def refuse_fetched_code() -> None:
+    """Let no library of this process fetch programs and run them; set before they are imported.
+
+    transformers replaces layers by compiled kernels from the hub unless USE_HUB_KERNELS says no
+    (transformers/integrations/hub_kernels.py); bitsandbytes fetches one while it is imported, asking nobody
+    (bitsandbytes/backends/cpu/ops.py). Without the package `kernels` neither can, so that it counts as not installed.
+    """
+    os.environ["USE_HUB_KERNELS"] = "NO"
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # `import kernels` raises ImportError
 
 
 def share_cores() -> None:

@@ -6,11 +6,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from finetune.base import BaseFacts, LinearShape
+from finetune.adapter_plan import AdapterPlan as AdapterPlan
+from finetune.adapter_plan import count_parameters, count_stored, plan_adapter
+from finetune.adapter_plan import count_trainable as count_trainable
+from finetune.adapter_problems import adapter_problems
+from finetune.base import BaseFacts
 from finetune.errors import Problem, raise_problems
 from finetune.layout import Mixture, count_steps, cut_into_passes, lay_out_steps
 from finetune.machine import GIB, Machine
@@ -18,6 +23,9 @@ from finetune.recipe import Recipe
 
 # Bits a frozen weight takes. NF4, double quantised: 4 + 8/64 + 32/(64*256) (QLoRA, arXiv:2305.14314, section 3).
 STORED_BITS = {"nf4": 4.127, "fp4": 4.127, "int8": 8.0}
+CHECKPOINT_BYTES_PER_PARAMETER = {"adamw": 12, "adamw-8bit": 6, "paged-adamw-8bit": 6}  # weight and two moments
+CHECKPOINT_BYTES_PER_STEP = 200  # the trainer's own log
+CHECKPOINT_BYTES_BESIDE = 100_000  # random states, names, manifest
 ADAPTER_BYTES_PER_PARAMETER = {"adamw": 16, "adamw-8bit": 10, "paged-adamw-8bit": 10}  # weight, gradient, two moments
 STEPS_LAID_OUT = 5000  # so many steps are laid out to count their passes
 AUTO_TOKENS_PER_PASS = {"cpu": 2048, "cuda": 8192}
@@ -64,19 +72,6 @@ class ModelPlan:
 
 
 @dataclass(frozen=True)
-class AdapterPlan:
-    """The trainable delta: which modules, and how it is scaled."""
-
-    method: str
-    rank: int
-    alpha: float
-    dropout: float
-    targets: tuple[str, ...]  # leaf names of modules, sorted
-    start_from: Path | None
-    seed: int
-
-
-@dataclass(frozen=True)
 class TrainPlan:
     """The training itself, every value that changes its numbers, also those nobody sets."""
 
@@ -100,6 +95,7 @@ class TrainPlan:
     save_every_steps: int
     keep_checkpoints: int
     log_to: tuple[str, ...]
+    learning_rate_ratio: float = 1.0  # of an adapter's B to that of everything else (LoRA+)
 
 
 @dataclass(frozen=True)
@@ -137,33 +133,32 @@ class Plan:
         return {"steps": self.train.steps, "tokens_per_pass": self.train.tokens_per_pass, **_plain(asdict(self))}
 
 
-def make_plan(recipe: Recipe, machine: Machine, base: BaseFacts, data: DataFacts) -> Plan:
-    """The resolved run; the same arguments always give the same plan.
+def make_plan(
+    recipe: Recipe,
+    machine: Machine,
+    base: BaseFacts,
+    data: DataFacts,
+    *,
+    token_ids: Mapping[str, int | None] = MappingProxyType({}),
+) -> Plan:
+    """The resolved run; the same arguments always give the same plan. `token_ids`: those of adapter.train_tokens.
 
     Raises:
-        UserError: targets that the base does not have, a dtype the machine cannot compute, rows longer than the base's
-            context, or a run that does not fit the machine's memory; all at once.
+        UserError: targets that the base does not have, a dtype the machine cannot compute, or rows longer than the
+            base's context; all at once.
     """
-    targets, problems = _resolve_targets(recipe, base)
+    adapter = plan_adapter(recipe, base, token_ids)
+    problems = adapter_problems(recipe, adapter, base, token_ids)
     problems += _machine_problems(recipe, machine) + _context_problems(recipe, base, data)
     raise_problems(problems)
     dtype = _resolve_dtype(recipe, machine)
     train = _train_plan(recipe, machine, data, dtype)
-    trainable = count_trainable(base.linears, targets, method=recipe.adapter.method, rank=recipe.adapter.rank)
-    adapter_gib = trainable * 4 / GIB
-    plan = Plan(
+    stored = count_stored(adapter, base)
+    return Plan(
         name=recipe.name,
         run_folder=recipe.run_folder,
         model=_model_plan(recipe, machine, base, dtype),
-        adapter=AdapterPlan(
-            method=recipe.adapter.method,
-            rank=recipe.adapter.rank,
-            alpha=float(recipe.adapter.alpha),
-            dropout=recipe.adapter.dropout,
-            targets=targets,
-            start_from=Path(recipe.adapter.from_).expanduser() if recipe.adapter.from_ else None,
-            seed=recipe.seed,
-        ),
+        adapter=adapter,
         train=train,
         examples=len(data.train_tokens),
         eval_examples=len(data.eval_tokens),
@@ -177,17 +172,23 @@ def make_plan(recipe: Recipe, machine: Machine, base: BaseFacts, data: DataFacts
         template=data.template,
         template_sha256=data.template_sha256,
         stop_token_ids=data.stop_token_ids,
-        trainable_parameters=trainable,
+        trainable_parameters=count_parameters(adapter, base),
         base_parameters=base.parameters,
         passes_per_step=_passes_per_step(train, data),
-        peak_memory_gib=round(_peak_memory_gib(recipe, base, data, train, trainable), 3),
-        disk_gib=round(adapter_gib * (1 + 3 * train.keep_checkpoints) + base.stored_bytes / GIB, 3),
-        settings=_settings(recipe, train, targets, data, dtype),
+        peak_memory_gib=round(_peak_memory_gib(recipe, base, data, train, stored), 3),
+        disk_gib=round((run_bytes(train, stored) + base.stored_bytes) / GIB, 3),  # with the merged weights
+        settings=_settings(recipe, train, adapter, data, dtype),
         defaults=tuple(key for key in recipe.settings() if key not in recipe.given_keys()),
         estimated=("peak_memory_gib", "disk_gib", *(["passes_per_step"] if train.steps > STEPS_LAID_OUT else [])),
     )
-    _refuse_too_large(plan, machine)
-    return plan
+
+
+def run_bytes(train: TrainPlan, trainable: int) -> int:
+    """What the run folder takes at most: the checkpoints kept, the one that is being written, and the adapter."""
+    per_parameter = CHECKPOINT_BYTES_PER_PARAMETER[train.optimizer]
+    checkpoint = trainable * per_parameter + train.steps * CHECKPOINT_BYTES_PER_STEP + CHECKPOINT_BYTES_BESIDE
+    saves = math.ceil(train.steps / train.save_every_steps)
+    return min(train.keep_checkpoints + 1, saves) * checkpoint + 4 * trainable
 
 
 def _passes_per_step(train: TrainPlan, data: DataFacts) -> float:
@@ -197,29 +198,6 @@ def _passes_per_step(train: TrainPlan, data: DataFacts) -> float:
     tokens = data.train_tokens.tolist()
     passes = [cut_into_passes([tokens[i] for i in step], tokens_per_pass=train.tokens_per_pass) for step in layout]
     return sum(map(len, passes)) / steps
-
-
-def count_trainable(linears: tuple[LinearShape, ...], targets: tuple[str, ...], *, method: str, rank: int) -> int:
-    """Trainable parameters in closed form: rank * (in + out) a module, and `out` magnitudes more with DoRA."""
-    modules = [linear for linear in linears if linear.leaf in targets]
-    magnitudes = sum(linear.out_features for linear in modules) if method == "dora" else 0
-    return sum(rank * (linear.in_features + linear.out_features) for linear in modules) + magnitudes
-
-
-def _resolve_targets(recipe: Recipe, base: BaseFacts) -> tuple[tuple[str, ...], list[Problem]]:
-    known = sorted({linear.leaf for linear in base.linears})
-    if recipe.adapter.targets == "all-linear":
-        return tuple(known), []
-    unknown = [name for name in recipe.adapter.targets if name not in known]
-    problems = [
-        Problem(
-            "adapter.targets",
-            f"no linear module is called {name!r} in {base.base}; there are: {', '.join(known)}; "
-            "write one of these, or `targets: all-linear`",
-        )
-        for name in unknown
-    ]
-    return tuple(sorted(recipe.adapter.targets)), problems
 
 
 def _machine_problems(recipe: Recipe, machine: Machine) -> list[Problem]:
@@ -290,6 +268,7 @@ def _train_plan(recipe: Recipe, machine: Machine, data: DataFacts, dtype: str) -
         save_every_steps=recipe.output.save_every_steps,
         keep_checkpoints=recipe.output.keep_checkpoints,
         log_to=recipe.output.log_to,
+        learning_rate_ratio=recipe.adapter.learning_rate_ratio,
     )
 
 
@@ -310,22 +289,23 @@ def _peak_memory_gib(recipe: Recipe, base: BaseFacts, data: DataFacts, train: Tr
     return RUNTIME_GIB[train.device] + (weights + adapters + activations + logits) / GIB
 
 
-def _refuse_too_large(plan: Plan, machine: Machine) -> None:
-    if plan.peak_memory_gib > machine.device_memory_gib:
-        message = (
-            f"about {plan.peak_memory_gib:.1f} GiB are needed, {machine.device_name} has "
-            f"{machine.device_memory_gib:.1f} GiB; lower train.tokens_per_pass (now {plan.train.tokens_per_pass}), set "
-            "train.recompute: all, or model.quantization: nf4"
-        )
-        raise_problems([Problem("memory", message)])
+def memory_problem(plan: Plan, machine: Machine) -> Problem | None:
+    """What to lower if the run does not fit the machine; None if it does."""
+    if plan.peak_memory_gib <= machine.device_memory_gib:
+        return None
+    message = (
+        f"about {plan.peak_memory_gib:.1f} GiB are needed, {machine.device_name} has "
+        f"{machine.device_memory_gib:.1f} GiB; lower train.tokens_per_pass (now {plan.train.tokens_per_pass}), set "
+        "train.recompute: all, or model.quantization: nf4"
+    )
+    return Problem("memory", message)
 
 
-def _settings(
-    recipe: Recipe, train: TrainPlan, targets: tuple[str, ...], data: DataFacts, dtype: str
-) -> dict[str, Any]:
+def _settings(recipe: Recipe, train: TrainPlan, adapter: AdapterPlan, data: DataFacts, dtype: str) -> dict[str, Any]:
     return recipe.settings() | {
         "model.dtype": dtype,
-        "adapter.targets": list(targets),
+        "adapter.targets": [*adapter.targets, *adapter.experts],
+        "adapter.block_size": adapter.block_size or None,
         "data.format": data.format,
         "data.template": data.template,
         "train.tokens_per_pass": train.tokens_per_pass,

@@ -7,23 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from finetune.errors import Problem, UserError, raise_problems
+from finetune.recipe_adapter import AdapterSection, keys_of_other_methods
 from finetune.recipe_overrides import lay_over, read_overrides
 from finetune.recipe_problems import Expects, explain, show
+from finetune.recipe_types import LARGEST_NUMBER, UNIQUE_ITEMS, Count, Fraction, Section, Text, each_once
 from finetune.recipe_yaml import Document, Flaw, Keys, read_document, read_recipe_file
 
-LARGEST_NUMBER = 2**31 - 1
 LARGEST_SEED = 2**32 - 1  # numpy's limit
-
-
-def _each_once(items: tuple[str, ...]) -> tuple[str, ...]:
-    for i, item in enumerate(items):
-        if item in items[:i]:
-            raise PydanticCustomError("repeated_item", "repeated: {item}", {"item": item})
-    return items
 
 
 def _only_name_in_braces(folder: str) -> str:
@@ -32,13 +26,6 @@ def _only_name_in_braces(folder: str) -> str:
     return folder
 
 
-UNIQUE_ITEMS: dict[str, Any] = {"uniqueItems": True}
-
-Text = Annotated[str, Field(pattern=r"\S")]  # at least one visible character
-Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
-Count = Annotated[int, Field(ge=1, le=LARGEST_NUMBER)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Names = Annotated[Texts, AfterValidator(_each_once), Field(json_schema_extra=UNIQUE_ITEMS)]
 Logger = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 DropReason = Literal[  # the reasons of finetune/data/rows.py
     "invalid_json",
@@ -64,13 +51,7 @@ DropReason = Literal[  # the reasons of finetune/data/rows.py
 ]
 
 
-class _Section(BaseModel):
-    """Closed and frozen; nothing is converted: "32" is not 32, true is not 1, NaN is not a number."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     """The base: what is loaded, frozen, and how it is stored in memory."""
 
     base: Text = Field(description="The base model: a hub id, a folder, or builtin:NAME")
@@ -83,26 +64,7 @@ class ModelSection(_Section):
     )
 
 
-class AdapterSection(_Section):
-    """The adapter: the trainable delta."""
-
-    method: Literal["lora", "rslora", "dora"] = Field(default="lora", description="The kind of adapter")
-    rank: Count = Field(default=16, description="Rank of the two adapter matrices")
-    alpha: Annotated[
-        Annotated[int, Field(gt=0, le=LARGEST_NUMBER)] | Annotated[float, Field(gt=0)], Expects("a number above 0")
-    ] = Field(default=32, description="Scale of the delta: alpha / rank (rslora: alpha / sqrt(rank))")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="Chance that an input of the adapter is dropped"
-    )
-    targets: Annotated[Literal["all-linear"] | Names, Expects("all-linear or a list of module names, each once")] = (
-        Field(default="all-linear", description="The modules that get a delta")
-    )
-    from_: Text | None = Field(
-        default=None, alias="from", description="Folder of an adapter to start from; null starts fresh"
-    )
-
-
-class SourceSection(_Section):
+class SourceSection(Section):
     """One source of rows, where more is to be said than its path."""
 
     source: Text = Field(description="A file, a folder of files, or hub:OWNER/NAME[:SPLIT]")
@@ -118,7 +80,7 @@ class SourceSection(_Section):
     )
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """The data: which rows, and how they become tokens and labels."""
 
     train: Annotated[
@@ -166,7 +128,7 @@ class DataSection(_Section):
         default="keep",
         description="What happens to a held-out row that is a training row too (case, white space folded)",
     )
-    drop: Annotated[tuple[DropReason, ...], AfterValidator(_each_once), Field(json_schema_extra=UNIQUE_ITEMS)] = Field(
+    drop: Annotated[tuple[DropReason, ...], AfterValidator(each_once), Field(json_schema_extra=UNIQUE_ITEMS)] = Field(
         default=(), description="Reasons for which a row is dropped and counted instead of refused"
     )
     system: str | None = Field(default=None, description="System prompt of rows that have none of their own")
@@ -197,7 +159,7 @@ class DataSection(_Section):
         return frozenset({*self.drop, *(reason for reason, choice in further.items() if choice == "drop")})
 
 
-class TrainSection(_Section):
+class TrainSection(Section):
     """The training: how long, how fast, with which optimizer."""
 
     model_config = ConfigDict(
@@ -233,13 +195,13 @@ class TrainSection(_Section):
     )
 
 
-class EvaluateSection(_Section):
+class EvaluateSection(Section):
     """The evaluation during training."""
 
     every_steps: Count = Field(default=100, description="Optimizer steps between two evaluations")
 
 
-class OutputSection(_Section):
+class OutputSection(Section):
     """The run folder and what is kept in it."""
 
     folder: Annotated[Text, AfterValidator(_only_name_in_braces)] = Field(
@@ -247,12 +209,12 @@ class OutputSection(_Section):
     )
     save_every_steps: Count = Field(default=200, description="Optimizer steps between two checkpoints")
     keep_checkpoints: Count = Field(default=2, description="How many of the newest checkpoints are kept")
-    log_to: Annotated[tuple[Logger, ...], AfterValidator(_each_once), Field(json_schema_extra=UNIQUE_ITEMS)] = Field(
+    log_to: Annotated[tuple[Logger, ...], AfterValidator(each_once), Field(json_schema_extra=UNIQUE_ITEMS)] = Field(
         default=(), description="Loggers beside metrics.jsonl, which is always written"
     )
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A finetune recipe: everything a user can ask of a training run."""
 
     # Not Literal[1], which pydantic lets true and 1.0 pass for.
@@ -280,10 +242,12 @@ class Recipe(_Section):
     def settings(self) -> dict[str, Any]:
         """Every value as "section.key", in the recipe's order; values are plain JSON ones.
 
-        `output.folder` has the name filled in; `train.epochs` is None where max_steps counts instead.
+        `output.folder` has the name filled in; `train.epochs` is None where max_steps counts instead, and an
+        adapter's key where its method has none.
         """
         flat = _flat(self.model_dump(mode="json", by_alias=True))
         flat["output.folder"] = self.output.folder.replace("{name}", self.name)
+        flat |= {f"adapter.{key}": None for key in self.adapter.idle_keys}
         if self.train.max_steps is not None:
             flat["train.epochs"] = None
         return flat
@@ -342,6 +306,9 @@ def _validate(values: Mapping[str, Any]) -> tuple[Recipe | None, list[tuple[Keys
     train = values["train"]
     if isinstance(train, dict) and "epochs" in train and train.get("max_steps") is not None:
         errors.append((("train", "max_steps"), "stands beside train.epochs; keep one of the two"))
+    adapter = values["adapter"]
+    if isinstance(adapter, dict):
+        errors += [(("adapter", key), message) for key, message in keys_of_other_methods(adapter)]
     try:
         # Through JSON: a list may become a tuple, while 32 stays unlike "32".
         return Recipe.model_validate_json(json.dumps(values)), errors

@@ -42,6 +42,7 @@ WORDING = {
     "less_than_equal": "must be {le} or less, got {got}",
     "string_pattern_mismatch": "must not be blank, got {got}",
     "repeated_item": "{item!r} stands in the list twice",
+    "refused": "{value} {reason}",
     "unknown_placeholder": "only {{name}} can stand in braces, got {got}",
 }
 

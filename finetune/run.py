@@ -2,40 +2,127 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
-from finetune.artifact import RunFolder, open_run_folder
+from finetune.artifact import RunFolder, open_run_folder, refuse_unusable
 from finetune.data.cached import Progress
-from finetune.resolve import resolve
+from finetune.disk import refuse_full_disk
+from finetune.errors import FinetuneError, Problem, UserError
+from finetune.machine import launched_rank
+from finetune.resolve import Resolved, resolve
+from finetune.run_lock import only_run_in
+from finetune.stop import Stopped, StopSignal
+from finetune.train.memory import out_of_memory_told
+from finetune.train.ranks import Ranks, joined_ranks, note_exit
+
+MAY_CHANGE = ("world_size",)  # what --allow-change lets a run go on with
+Reading = Callable[[], AbstractContextManager[Progress | None]]
 
 
-def run(
+def run(  # noqa: PLR0913 - what the command line can say
     recipe_path: Path,
     overrides: Sequence[str] = (),
     *,
     out: Path | None = None,
     resume: bool = False,
-    reading: Callable[[], AbstractContextManager[Progress | None]] = nullcontext,
+    allow_change: Sequence[str] = (),
+    reading: Reading = nullcontext,
+    stop: StopSignal | None = None,
 ) -> RunFolder:
     """Train what the recipe asks for and return the finished run folder; `reading` shows the rows being read.
 
+    Under a launcher such as torchrun every process is a rank: the first reads the rows and writes the folder, all of
+    them train.
+
     Raises:
         UserError, NumericsError: see the stages; nothing is written before the plan is resolved.
+        Stopped: `stop` has got a signal; what was trained is saved.
     """
-    with reading() as progress:
-        recipe, base, data, plan = vars(resolve(recipe_path, overrides, out=out, progress=progress)).values()
-    folder = open_run_folder(plan, recipe_path, overrides, base, recipe.data, resume=resume)
-    if folder.is_finished:
-        return folder
+    _refuse_unknown_changes(allow_change)
+    stop = stop or StopSignal()
+    with joined_ranks(*launched_rank()) as ranks, ExitStack() as held:
+        resolved = ranks.first_alone(lambda: _resolve(recipe_path, overrides, out, reading))
+        resolved = resolved or _resolve(recipe_path, overrides, out)  # finds the rows where the first rank put them
+        folder = RunFolder(resolved.plan.run_folder)
+        ranks.first_alone(lambda: _hold(held, resolved, resume=resume))
+        with _exit_noted(folder, ranks, stop):
+            ranks.first_alone(
+                lambda: open_run_folder(
+                    resolved.plan, recipe_path, overrides, resolved.base, resolved.recipe.data, resume=resume
+                ).keep_ranks(ranks.count, allow_other="world_size" in allow_change)
+            )
+            if not ranks.largest(folder.is_finished):
+                merged_bytes = resolved.base.facts.stored_bytes
+                ranks.first_alone(lambda: refuse_full_disk(folder.path, resolved.plan, merged_bytes=merged_bytes))
+                _train(folder, resolved, stop, ranks)
+    return folder
+
+
+def _train(folder: RunFolder, resolved: Resolved, stop: StopSignal, ranks: Ranks) -> None:
     # Only now torch and the libraries around it: what is wrong with the input is said before their seconds of import.
     from finetune.model.adapter import attach_adapter, save_adapter
     from finetune.model.load import load_base, load_tokenizer
     from finetune.train.train import train
 
-    model = attach_adapter(load_base(plan.model), plan.adapter, base=plan.model.base)
-    tokenizer = load_tokenizer(base.tokenizer_folder)
-    result = train(plan.train, model, tokenizer, examples=data.train, held_out=data.eval, folder=folder.path)
-    folder.write_adapter(base, data.template, lambda target: save_adapter(model, target))
-    return folder.finish(result)
+    plan, base, data = resolved.plan, resolved.base, resolved.data
+    where = f"cuda:{launched_rank()[1]}" if plan.model.device == "cuda" else plan.model.device
+    with out_of_memory_told(lambda: "loading the base"):
+        model = attach_adapter(load_base(replace(plan.model, device=where)), plan.adapter, base=plan.model.base)
+        tokenizer = load_tokenizer(base.tokenizer_folder)
+    result = train(
+        plan.train,
+        model,
+        tokenizer,
+        examples=data.train,
+        held_out=data.eval,
+        folder=folder.path,
+        stop=stop,
+        ranks=ranks,
+    )
+
+    def publish() -> None:
+        folder.write_adapter(base, data.template, lambda target: save_adapter(model, target))
+        folder.finish(result)
+
+    ranks.first_alone(publish)
+
+
+def _resolve(recipe_path: Path, overrides: Sequence[str], out: Path | None, reading: Reading = nullcontext) -> Resolved:
+    with reading() as progress:
+        return resolve(recipe_path, overrides, out=out, progress=progress)
+
+
+def _hold(held: ExitStack, resolved: Resolved, *, resume: bool) -> None:
+    refuse_unusable(resolved.plan, resume=resume)
+    held.enter_context(only_run_in(resolved.plan.run_folder))
+
+
+@contextmanager
+def _exit_noted(folder: RunFolder, ranks: Ranks, stop: StopSignal) -> Iterator[None]:
+    """Every rank's exit code in exit.json: torchrun itself answers 1 for all of them."""
+    if ranks.count == 1:
+        yield
+        return
+    file, code = folder.path / "exit.json", 1
+    ranks.first_alone(lambda: file.unlink(missing_ok=True))
+    try:
+        yield
+        code = 0
+    except FinetuneError as error:
+        code = error.code
+        raise
+    except Stopped:
+        code = 128 + stop.number
+        raise
+    finally:
+        note_exit(file, rank=ranks.rank, code=code)
+
+
+def _refuse_unknown_changes(names: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in MAY_CHANGE]
+    if unknown:
+        message = f"{unknown[0]!r} is not possible; write {' or '.join(MAY_CHANGE)}"
+        raise UserError(Problem("--allow-change", message))

@@ -34,7 +34,8 @@ def show_step(recipe: Recipe, data: PreparedData, step: int, *, colour: bool) ->
     """
     if data.account.problems:
         raise UserError(data.account.problems, total=data.account.total_problems)
-    plan = make_plan(recipe, probe_machine(), data.base.facts, data.facts)
+    token_ids = data.base.token_ids(recipe.adapter.train_tokens)
+    plan = make_plan(recipe, probe_machine(), data.base.facts, data.facts, token_ids=token_ids)
     shown = find_step(data, plan.train, step)
     return shown.to_json(), step_text(shown, colour=colour)
 
@@ -46,9 +47,10 @@ def show_page(recipe: Recipe, data: PreparedData, file: Path, *, rows: int) -> A
         UserError, StorageError: the page cannot be written there.
     """
     problems, plan = list(data.account.problems), None
+    token_ids = data.base.token_ids(recipe.adapter.train_tokens)
     if not problems:
         try:
-            plan = make_plan(recipe, probe_machine(), data.base.facts, data.facts).train
+            plan = make_plan(recipe, probe_machine(), data.base.facts, data.facts, token_ids=token_ids).train
         except UserError as error:
             problems += error.problems
     page = write_page(data, name=recipe.name, plan=plan, problems=problems, rows=rows).encode(errors="backslashreplace")

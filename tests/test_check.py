@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,6 +30,8 @@ PROOFS = [
     "examples without a supervised token",
     "uncut examples that do not end in a stop token",
 ]
+STAGES = ("names", "twin", "train", "resume", "merge", "gguf")
+FOUND = "  (done before, nothing it depends on has changed)"
 
 
 @pytest.fixture
@@ -120,7 +123,7 @@ def test_only_what_is_asked_for_is_checked(tmp_path: Path, rows: list[dict], onl
 
 
 def test_another_part_is_refused(tmp_path: Path, rows: list[dict]) -> None:
-    with pytest.raises(UserError, match="--only: 'rows' is not possible; write recipe or data"):
+    with pytest.raises(UserError, match="--only: 'rows' is not possible; write recipe, data or rehearsal"):
         check(write_recipe(tmp_path, POCKET, rows), only="rows")
 
 
@@ -216,6 +219,7 @@ def test_a_failing_check_still_prints_what_it_knows(tmp_path: Path, rows: list[d
 
 
 def test_a_second_check_loads_no_heavy_library(tmp_path: Path, rows: list[dict]) -> None:
+    """The first one rehearses in a process of its own; the second finds rows and rehearsal in the cache."""
     recipe = write_recipe(tmp_path, POCKET, rows, **DROPPING)
     code = (
         "import sys; from finetune.cli import main\n"
@@ -231,8 +235,15 @@ def test_a_second_check_loads_no_heavy_library(tmp_path: Path, rows: list[dict])
         )
         for _ in range(2)
     ]
-    assert [run.stderr.strip() for run in runs] == ["['tokenizers']", "[]"]
-    assert runs[0].stdout == runs[1].stdout
+    assert [run.stderr.splitlines()[-1] for run in runs] == ["['tokenizers']", "[]"]
+    told = [line.partition(" (")[0] for line in runs[0].stderr.splitlines()[:-1]]
+    assert told == [f"rehearsal on a twin: {stage}" for stage in STAGES]
+    first, second = (run.stdout.splitlines() for run in runs)
+    rehearsed = first.index("Rehearsal on a twin") + 1
+    assert first[rehearsed].startswith("  done: names ")
+    assert second[rehearsed] == first[rehearsed].replace("done:", "found:") + FOUND
+    assert first[:rehearsed] + first[rehearsed + 1 :] == second[:rehearsed] + second[rehearsed + 1 :]
+    assert re.fullmatch(r"  ok   \d\d proofs of the rehearsal \(each with --json\)", first[-1])
 
 
 def test_control_tokens_are_known_without_the_tokenizer() -> None:

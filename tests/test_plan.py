@@ -13,7 +13,7 @@ from finetune.base import read_base
 from finetune.data.prepare import prepare_data
 from finetune.errors import UserError
 from finetune.machine import Machine
-from finetune.plan import Plan, count_trainable, make_plan
+from finetune.plan import Plan, count_trainable, make_plan, memory_problem
 from finetune.recipe import Recipe, load_recipe
 from tests.conftest import POCKET, alpaca_rows
 
@@ -34,6 +34,14 @@ ONE_OTHER_VALUE_PER_KEY: dict[str, tuple[Any, dict[str, Any]]] = {
     "adapter.alpha": (16, {}),
     "adapter.dropout": (0.1, {}),
     "adapter.targets": (["q_proj"], {}),
+    "adapter.layers": ([0], {}),
+    "adapter.rank_by": ({"q_proj": 8}, {}),
+    "adapter.alpha_by": ({"layers.0.self_attn.q_proj": 8}, {}),
+    "adapter.start": ("pissa", {}),
+    "adapter.learning_rate_ratio": (16.0, {}),
+    "adapter.block_size": (16, {"adapter.method": "oft"}),
+    "adapter.train_tokens": (["</s>"], {}),
+    "adapter.also_train": (["lm_head"], {}),
     "adapter.from": ("elsewhere/adapter", {}),
     "data.train": ("other.jsonl", {}),
     "data.eval": (3, {}),
@@ -107,7 +115,8 @@ def recipe_with(**values: Any) -> Recipe:
 def plan_of(machine: Machine = CPU, **values: Any) -> Plan:
     recipe = recipe_with(**values)
     base = read_base(recipe.model.base, revision=recipe.model.revision)
-    return make_plan(recipe, machine, base.facts, prepare_data(recipe.data, base, seed=recipe.seed).facts)
+    data = prepare_data(recipe.data, base, seed=recipe.seed)
+    return make_plan(recipe, machine, base.facts, data.facts, token_ids=base.token_ids(recipe.adapter.train_tokens))
 
 
 def outcome(values: dict[str, Any]) -> Any:
@@ -209,8 +218,9 @@ def test_a_row_over_the_context_is_refused(here: Path) -> None:
     assert "builtin:pocket-llama reads 1024; set data.max_tokens: 1024 and data.too_long: drop" in told
 
 
-def test_a_run_over_the_memory_is_refused(here: Path) -> None:
-    (told,) = refusal(replace(CPU, device_memory_gib=0.5, device_name="a toaster"))
+def test_a_run_over_the_memory_has_a_problem(here: Path) -> None:
+    assert memory_problem(plan_of(), CPU) is None
+    told = str(memory_problem(plan_of(), replace(CPU, device_memory_gib=0.5, device_name="a toaster")))
     assert told.startswith("memory: about ")
     assert "a toaster has 0.5 GiB; lower train.tokens_per_pass (now 2048), set train.recompute: all" in told
 

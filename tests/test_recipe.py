@@ -79,6 +79,8 @@ output:
   log_to: []                        # tensorboard | wandb | mlflow | trackio (metrics.jsonl always)
 """
 WITHOUT_EXAMPLE = {
+    "adapter.layers": None, "adapter.rank_by": None, "adapter.alpha_by": None, "adapter.start": "default",
+    "adapter.learning_rate_ratio": 1.0, "adapter.block_size": None, "adapter.train_tokens": [], "adapter.also_train": [],
     "adapter.from": None, "data.system": None, "train.max_steps": None, "data.truncate": "prompt",
     "data.special_tokens": "text", "data.deduplicate": "none", "data.leaked": "keep", "data.drop": [],
 }  # fmt: skip
@@ -86,7 +88,8 @@ WITHOUT_EXAMPLE = {
 SECTION_KEYS = {
     "": "version name seed model adapter data train evaluate output",
     "model": "base revision quantization dtype",
-    "adapter": "method rank alpha dropout targets from",
+    "adapter": "method rank alpha dropout targets layers rank_by alpha_by start learning_rate_ratio block_size "
+    "train_tokens also_train from",
     "data": "train eval format template loss_on max_tokens too_long truncate empty_answer special_tokens "
     "deduplicate leaked drop system date",
     "train": "objective epochs max_steps batch_size tokens_per_pass recompute learning_rate schedule warmup optimizer "
@@ -297,7 +300,7 @@ def test_all_problems_are_reported_at_once_with_their_lines(folder):
     ]
 
 
-TARGETS = "must be all-linear or a list of module names, each once"
+TARGETS = "must be all-linear, attention, mlp, experts, or a list of these and of module names, each once"
 TEMPLATE = "must be auto, none, alpaca, vicuna, llama2, llama3, chatml, mistral, zephyr or a path that ends in .jinja"
 SOURCES = "a path, hub:OWNER/NAME, a source with keys (source, rows, weight, columns), or a list of these"
 EVAL = "must be a fraction between 0 and 1, a whole number of rows, a path, a source, or null for no evaluation"

@@ -16,6 +16,7 @@ NAME = re.compile(r"hub:([\w.-]+/[\w.-]+?)(?::([\w.-]+))?")
 SUFFIXES = (".parquet", ".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 COMPRESSED = ("", ".gz", ".xz", ".zst", ".bz2")
 WANTED = [f"*{suffix}{compression}" for suffix in SUFFIXES for compression in COMPRESSED]
+FETCHED = [*WANTED, "README.md"]  # the card names the licence
 ABOUT_THE_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"}  # no rows in these
 
 
@@ -68,13 +69,13 @@ def _download(source: str, name: str) -> Path:
     by_hand = f"run `hf download {name} --repo-type dataset` where there is a network, or name a folder that holds it"
     try:
         if not is_offline():
-            files = huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=WANTED, dry_run=True)
+            files = huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=FETCHED, dry_run=True)
             size = sum(file.file_size or 0 for file in files if file.will_download)
             if size:
                 sys.stderr.write(f"downloading {source}: {size / 1e6:,.1f} MB\n")
         return Path(
             huggingface_hub.snapshot_download(
-                name, repo_type="dataset", allow_patterns=WANTED, local_files_only=is_offline()
+                name, repo_type="dataset", allow_patterns=FETCHED, local_files_only=is_offline()
             )
         )
     except HFValidationError as error:

@@ -7,8 +7,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -19,6 +19,7 @@ import numpy as np
 
 from finetune.base import sha256_of
 from finetune.data.rows import REASONS, Refusal
+from finetune.errors import Problem, StorageError
 from finetune.machine import cache_folder
 
 # N = examples of a source, R = its rows (those refused too), T = tokens of all its examples
@@ -177,20 +178,23 @@ class StoreWriter:
         self._bytes = dict.fromkeys(ARRAYS, 0)
 
     def append(self, arrays: Mapping[str, np.ndarray]) -> None:
-        for name, dtype in ARRAYS.items():
-            data = np.ascontiguousarray(arrays[name], dtype=dtype).tobytes()
-            self._files[name].write(data)
-            self._digests[name].update(data)
-            self._bytes[name] += len(data)
+        with self._storing():
+            for name, dtype in ARRAYS.items():
+                data = np.ascontiguousarray(arrays[name], dtype=dtype).tobytes()
+                self._files[name].write(data)
+                self._digests[name].update(data)
+                self._bytes[name] += len(data)
 
     def publish(self, facts: Mapping[str, Any]) -> StoredRows:
         """Seal the store with its facts and rename it to its folder."""
-        for stream in self._files.values():
-            stream.close()
+        with self._storing():
+            for stream in self._files.values():
+                stream.close()
         arrays = {name: {"bytes": self._bytes[name], "sha256": self._digests[name].hexdigest()} for name in ARRAYS}
         body = json.dumps({**facts, "arrays": arrays}, ensure_ascii=True)
         seal = sha256(body.encode()).hexdigest()
-        (self.staging / "store.json").write_text(f"{seal}\n{body}", encoding="utf-8")
+        with self._storing():
+            (self.staging / "store.json").write_text(f"{seal}\n{body}", encoding="utf-8")
         try:
             self.staging.rename(self.folder)
         except OSError:  # another run was faster, or a damaged one lies there
@@ -203,8 +207,19 @@ class StoreWriter:
 
     def discard(self) -> None:
         for stream in self._files.values():
-            stream.close()
+            with suppress(OSError):  # what a full disk did not take goes with the folder
+                stream.close()
         shutil.rmtree(self.staging, ignore_errors=True)
+
+    @contextmanager
+    def _storing(self) -> Iterator[None]:
+        """Say what could not be written as a StorageError, exit code 3."""
+        try:
+            yield
+        except OSError as error:
+            folder = self.folder.parent
+            message = f"the labelled rows cannot be written ({error}); make room, or set XDG_CACHE_HOME to another disk"
+            raise StorageError(Problem(str(folder), message)) from error
 
     def _replace_damaged(self) -> None:
         aside = self.folder.with_name(f"{self.folder.name}.{os.getpid()}.partial-damaged")

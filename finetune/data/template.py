@@ -173,12 +173,11 @@ def choose_template(name: str, base: Base, *, date: str) -> Template:
     """
     if name == "auto" and base.chat_template:
         name, source = "base", base.chat_template
-    elif name.endswith(".jinja"):
-        source = _read_source(Path(name).expanduser())
     else:
         name = "alpaca" if name == "auto" else name
-        source = _ours(name)
-        _refuse_missing_tokens(name, base)
+        source = _named_source(name)
+        if not name.endswith(".jinja"):
+            _refuse_missing_tokens(name, base)
     template = Template(name, source, base.bos_token, base.eos_token, parse_date(date))
     try:
         template.text([Turn("user", "x")], add_generation_prompt=True)
@@ -186,6 +185,15 @@ def choose_template(name: str, base: Base, *, date: str) -> Template:
         message = f"{name} does not render one user turn: {error.__cause__}; correct it, or choose another"
         raise UserError(Problem("data.template", message)) from error
     return template
+
+
+def template_without_base(name: str, *, bos_token: str, eos_token: str, date: str) -> Template:
+    """One of ours or a file's, told these tokens; for estimating, because no tokenizer says whether it has them.
+
+    Raises:
+        UserError: an unknown name, a missing file, or a date that is none.
+    """
+    return Template(name, _named_source(name), bos_token, eos_token, parse_date(date))
 
 
 def _refuse_missing_tokens(name: str, base: Base) -> None:
@@ -216,6 +224,10 @@ def parse_date(text: str) -> datetime:
         except ValueError:
             continue
     raise UserError(Problem("data.date", f"not a date: {text!r}; write it as 26 Jul 2024 or 2024-07-26"))
+
+
+def _named_source(name: str) -> str:
+    return _read_source(Path(name).expanduser()) if name.endswith(".jinja") else _ours(name)
 
 
 def _read_source(file: Path) -> str:

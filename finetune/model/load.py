@@ -18,6 +18,7 @@ from transformers import (
 from finetune.errors import Problem, UserError
 from finetune.model.attention import register_attention
 from finetune.plan import ModelPlan
+from finetune.trust import is_trusted
 
 BLOCK_SIZE = 64  # bitsandbytes' block for nf4 and fp4
 
@@ -31,13 +32,17 @@ def load_base(plan: ModelPlan) -> PreTrainedModel:
     register_attention()
     transformers.utils.logging.disable_progress_bar()
     dtype = getattr(torch, plan.dtype)
+    trusted = is_trusted(plan.folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(plan.folder),
-            config=AutoConfig.from_pretrained(str(plan.folder)),
+            config=AutoConfig.from_pretrained(str(plan.folder), trust_remote_code=trusted),
+            trust_remote_code=trusted,
+            use_safetensors=True,
             dtype=dtype,
             quantization_config=quantization_config(plan.quantization, dtype),
-            attn_implementation=plan.attention,
+            # sdpa where the family can: Gemma 2 caps its attention scores, so that transformers computes them eagerly.
+            attn_implementation=None if plan.attention == "sdpa" else plan.attention,
             device_map={"": plan.device},
         )
     except (OSError, ValueError, KeyError) as error:
@@ -89,4 +94,4 @@ def dequantize_like_base(weight: torch.Tensor, *, quantization: str, dtype: torc
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a base, adapter or release folder, as any transformers user gets it."""
-    return AutoTokenizer.from_pretrained(str(folder))
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=is_trusted(folder))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from finetune.base import TensorEntry
 from finetune.errors import Problem, UserError
-from finetune.model.load import load_base
-from finetune.release.delta import read_deltas, round_tuned
-from finetune.release.proof import TOKENS_PER_PASS, linear_entries, make_onto
+from finetune.release.layerwise import LayerwiseModel
+from finetune.release.measure import loss_passes, loss_stretches, mean_loss_of
+from finetune.release.merging import Merging, make_merging
+from finetune.release.parts import Read
+from finetune.release.proof import make_onto
 from finetune.release.source import Source
 from finetune.release.weights import read_tensors
-from finetune.train.trainer import mean_loss
 
 Progress = Callable[[str], None]
 ONTO = ("auto", "original", "dequantized")
@@ -56,14 +60,23 @@ def choose_onto(source: Source, asked: str, *, progress: Progress = lambda line:
 
 
 def score_candidates(source: Source) -> dict[str, float]:
-    """Mean loss over the source's rows of each candidate, rounded as published, computed in float32."""
-    deltas = read_deltas(source.adapter)
-    model = load_base(replace(source.model, quantization="none", dtype="float32"))
+    """Mean loss over the source's rows of each candidate, rounded as published, computed in float32 layer by layer."""
+    stretches = loss_stretches(source.rows.examples, device=source.model.device)
     scores = {}
     for name in ("original", "dequantized"):
-        onto = make_onto(source, name)
-        for entry, tensor in read_tensors(linear_entries(source)):
-            merged = round_tuned(onto.weight(tensor), deltas.get(entry.name), dtype=tensor.dtype)
-            model.get_parameter(entry.name).data.copy_(merged)
-        scores[name] = mean_loss(model, source.rows.examples, tokens_per_pass=TOKENS_PER_PASS)
+        merging = make_merging(source, make_onto(source, name))
+        model = LayerwiseModel(
+            source.base.facts.folder, entries=merging.entries, read=read_merged(merging), device=source.model.device
+        )
+        scores[name] = mean_loss_of(stretches, model.logits(loss_passes(stretches)))
     return scores
+
+
+def read_merged(merging: Merging) -> Read:
+    """Read the tensors of a release that was never written."""
+
+    def read(entries: Sequence[TensorEntry]) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
+        for entry, tensor in read_tensors(entries):
+            yield entry, merging.tuned(entry, tensor)
+
+    return read

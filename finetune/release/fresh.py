@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,10 +11,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import Problem, ProofError
+from finetune.errors import NumericsError, Problem, ProofError, StorageError, UserError
+from finetune.trust import hand_over_to_child
 
-# The child finds this very package, wherever the command was started from.
-START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from finetune.release.proof import main; main()"
+# The child finds this very package, wherever the command was started from, and may run what this process may.
+START = """import sys
+sys.path.insert(0, sys.argv.pop(1))
+from finetune.machine import refuse_fetched_code
+from finetune.trust import take_over
+refuse_fetched_code()
+take_over(sys.argv.pop(1))
+from {} import main
+main()"""
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
@@ -40,15 +49,46 @@ def prove_in_fresh_process(pairs: Sequence[tuple[Path, Path]]) -> list[list[Proo
 
     Raises:
         ProofError: the process ended without an answer.
+        UserError, StorageError: what the process says of run, base or release.
     """
-    arguments = [str(path) for pair in pairs for path in pair]
-    command = [sys.executable, "-c", START, str(PACKAGE_PARENT), *arguments]
+    found = answer_of("finetune.release.proof", [str(path) for pair in pairs for path in pair])
+    return [[Proof(**values) for values in proofs] for proofs in found]
+
+
+def answer_of(module: str, arguments: Sequence[str]) -> Any:
+    """The JSON that a module's main() prints last, in a process of its own.
+
+    Raises:
+        ProofError: the process ended without an answer.
+        UserError, StorageError: what the process says of run, base or release.
+    """
+    # -P: no module of the current folder is imported
+    command = [sys.executable, "-P", "-c", START.format(module), str(PACKAGE_PARENT), hand_over_to_child(), *arguments]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = answer.stdout.strip().splitlines()
     if answer.returncode or not lines:
-        reason = (answer.stderr.strip().splitlines() or ["it gave no reason"])[-1]
-        raise ProofError(Problem(str(pairs[0][0]), f"the proof could not be carried out: {reason}"))
-    return [[Proof(**values) for values in proofs] for proofs in json.loads(lines[-1])]
+        message = f"the proof could not be carried out: {_why_it_ended(answer.returncode, answer.stderr)}"
+        raise ProofError(Problem(arguments[0], message))
+    found = json.loads(lines[-1])
+    if isinstance(found, dict):
+        kind = next(kind for kind in (UserError, StorageError, NumericsError, ProofError) if kind.code == found["code"])
+        raise kind(Problem(**problem) for problem in found["problems"])
+    return found
+
+
+def _why_it_ended(code: int, errors: str) -> str:
+    if code == -signal.SIGKILL:
+        return "its process was killed, as it is when memory runs out; close other programs, or take a larger machine"
+    return (errors.strip().splitlines() or ["it gave no reason"])[-1]
+
+
+def proof_lines(proofs: Sequence[Proof]) -> list[str]:
+    """What a person reads of proofs: one line each, with both figures."""
+    lines = []
+    for found in proofs:
+        limit = "recorded only" if found.limit is None else f"at most {found.limit:.6g}"
+        lines.append(f"  {'ok  ' if found.passed else 'FAIL'} {found.name}: {found.value:.6g} ({limit})")
+    return lines
 
 
 def failed_problems(folder: Path, proofs: Sequence[Proof]) -> list[Problem]:

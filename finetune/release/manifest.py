@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from finetune.artifact import read_json
 from finetune.base import sha256_of
 from finetune.errors import Problem, ProofError, UserError
+from finetune.release.licences import data_licences, licence_notes
 
 MANIFEST = "finetune.json"
 CARD = "README.md"
+OF_THE_HUB = (".gitattributes", ".cache/huggingface/")  # a downloaded release has them beside its own files
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -33,14 +36,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def facts_to_tell(lock: Mapping[str, Any] | None, base_folder: Path, base_id: str, *, name: str) -> dict[str, Any]:
+    """What card and manifest say besides the plan: `--set`, software, the data's licences, notes on the base's."""
+    return {
+        "overrides": list(lock["overrides"]) if lock else [],
+        "libraries": dict(lock["libraries"]) if lock else {},
+        "data_licences": data_licences(lock["data_sha256"]) if lock else {},
+        "notes": licence_notes(base_folder, base_id, name),
+    }
+
+
 def describe_files(folder: Path) -> list[dict[str, Any]]:
-    """Name, bytes and sha256 of every file of a folder except the manifest, in name order."""
-    names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-    return [
-        {"name": name, "bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-        for name in names
-        if name != MANIFEST
-    ]
+    """Name, bytes and sha256 of every file of a folder, in name order; not the manifest, nor what a hub adds."""
+    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    names = [name for name in names if name != MANIFEST and not name.startswith(OF_THE_HUB)]
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
+        hashes = pool.map(sha256_of, [folder / name for name in names])
+        return [
+            {"name": name, "bytes": (folder / name).stat().st_size, "sha256": digest}
+            for name, digest in zip(names, hashes, strict=True)
+        ]
 
 
 def damaged_files(folder: Path, files: Sequence[Mapping[str, Any]]) -> list[Problem]:

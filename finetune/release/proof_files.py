@@ -14,51 +14,48 @@ from finetune.artifact import read_json
 from finetune.base import TensorEntry, read_tensor_entries
 from finetune.data.encoder import Encoder
 from finetune.model.load import load_tokenizer
-from finetune.release.delta import Delta, Onto, read_deltas, round_to, tuned_blocks
+from finetune.release.delta import Change, Onto, one_thread, round_to, tuned_blocks
 from finetune.release.fresh import Proof, proof
+from finetune.release.merging import make_merging
 from finetune.release.source import Source
-from finetune.release.weights import as_bytes, read_tensors
+from finetune.release.weights import read_tensor, same_bytes
 
 TIE = 1e-3  # of the distance between two neighbouring values; nearer to a tie than this, both neighbours count
 
 
 def prove_weights(folder: Path, source: Source, onto: Onto) -> list[Proof]:
     """Same tensors as the base; each tuned element the nearest value to the exact one; all other tensors unchanged."""
-    base = {entry.name: entry for entry in read_tensor_entries(source.base.facts.folder)}
+    merging = make_merging(source, onto)
+    wanted = {entry.name: entry for entry in merging.entries}
     released = {entry.name: entry for entry in read_tensor_entries(folder)}
-    odd = [name for name in base.keys() | released.keys() if _shape(base.get(name)) != _shape(released.get(name))]
+    odd = [name for name in wanted.keys() | released.keys() if _shape(wanted.get(name)) != _shape(released.get(name))]
     proofs = [proof("tensor names, shapes and dtypes", len(odd), 0)]
     if odd:
         return proofs
-    deltas = read_deltas(source.adapter)
-    rounded = rounded_names(source, onto, deltas)
     not_nearest = changed = 0
-    for entry, tensor in read_tensors(list(base.values())):
-        ((_, written),) = read_tensors([released[entry.name]])
-        if entry.name in rounded:
-            not_nearest += count_not_nearest(written, onto.weight(tensor), deltas.get(entry.name))
+    for name, entry in wanted.items():
+        if name not in merging.rounded:
+            changed += not same_bytes(entry, released[name])
         else:
-            changed += not torch.equal(as_bytes(tensor), as_bytes(written))
+            meets = merging.meets(entry, read_tensor(entry))
+            not_nearest += count_not_nearest(read_tensor(released[name]), meets, merging.changes.get(name))
     proofs.append(proof("tuned elements that are not the nearest value", not_nearest, 0))
     proofs.append(proof("other tensors that changed", changed, 0))
     return proofs
 
 
-def rounded_names(source: Source, onto: Onto, deltas: dict[str, Delta]) -> set[str]:
-    """The weights a release holds rounded: the targets, and onto a dequantised base every linear that was quantised."""
-    if onto.name == "original":
-        return set(deltas)
-    return set(deltas) | {f"{linear.module}.weight" for linear in source.base.facts.linears}
-
-
-def count_not_nearest(written_OI: torch.Tensor, weight_OI: torch.Tensor, delta: Delta | None) -> int:
+def count_not_nearest(written: torch.Tensor, weight: torch.Tensor, change: Change | None) -> int:
     """How many written elements are not their dtype's nearest value to the exact one, ties apart."""
     count = 0
-    for block, exact in tuned_blocks(weight_OI, delta):
-        nearest = round_to(exact, written_OI.dtype).double()
-        here = written_OI[block].double()
-        farther = (here - exact).abs() - (nearest - exact).abs()
-        count += int((~(farther <= TIE * (here - nearest).abs())).sum())
+    rows_OI = written.reshape(-1, written.shape[-1]) if written.dim() > 1 else written.reshape(1, -1)
+    with one_thread():
+        for block, exact in tuned_blocks(weight, change):
+            nearest = round_to(exact, written.dtype)
+            if torch.equal(nearest, rows_OI[block]):
+                continue
+            here, there = rows_OI[block].double(), nearest.double()
+            farther = (here - exact).abs() - (there - exact).abs()
+            count += int((~(farther <= TIE * (here - there).abs())).sum())
     return count
 
 

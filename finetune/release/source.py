@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -128,7 +129,9 @@ def check_base(source: Source) -> dict[str, str]:
     Raises:
         UserError: a file is not the one the run was trained on.
     """
-    found = {file.name: sha256_of(file) for file in weight_files(source.base.facts.folder)}
+    files = weight_files(source.base.facts.folder)
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
+        found = dict(zip((file.name for file in files), pool.map(sha256_of, files), strict=True))
     trained = source.lock["base_sha256"] if source.lock else found
     raise_problems(
         Problem(

@@ -1,35 +1,57 @@
-"""Write merged weights shard by shard: a base's tensors and a function of each in, safetensors files out."""
+"""Read and write stored weights: tensors by offset from a base's files in, safetensors shards of a release out."""
 
 from __future__ import annotations
 
 import json
+import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from finetune.artifact import write_json
 from finetune.base import TensorEntry
+from finetune.errors import Problem, StorageError
 
 SHARD_BYTES = 5 * 10**9
+BYTES_AT_ONCE = 8 << 20
+TORCH_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+Change = Callable[[TensorEntry, torch.Tensor], torch.Tensor]
+
+
+class Everything:
+    """A container of every name."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
 
 
 def write_shards(
     folder: Path,
     entries: Sequence[TensorEntry],
-    change: Callable[[TensorEntry, torch.Tensor], torch.Tensor],
+    change: Change,
     *,
+    changed: Container[str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Every tensor, changed, in stored order, in shards as transformers names them; one tensor in memory at a time."""
+    """Every tensor in stored order, in shards as transformers names them; one changed tensor in memory at a time.
+
+    Only the tensors named in `changed` (None: all) are read as tensors and given to `change`; of the others the bytes
+    are copied.
+    """
+    changed = Everything() if changed is None else changed
     shards = plan_shards(entries, shard_bytes=shard_bytes)
     for name, members in shards.items():
         with (folder / name).open("wb") as stream:
             stream.write(_header(members))
-            for entry, tensor in read_tensors(members):
-                stream.write(as_bytes(change(entry, tensor)).numpy().data)
+            for entry in members:
+                stream.writelines(_changed_bytes(entry, change) if entry.name in changed else read_blocks(entry))
     if len(shards) > 1:
         weight_map = {entry.name: name for name, members in shards.items() for entry in members}
         total = {"total_size": sum(entry.bytes for entry in entries)}
@@ -50,20 +72,63 @@ def plan_shards(entries: Sequence[TensorEntry], *, shard_bytes: int) -> dict[str
 
 
 def read_tensors(entries: Sequence[TensorEntry]) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
-    """The entries with their stored tensors, one file open at a time."""
-    position = 0
-    while position < len(entries):
-        file = entries[position].file
-        with safe_open(str(file), framework="pt") as stored:
-            while position < len(entries) and entries[position].file == file:
-                entry = entries[position]
-                yield entry, stored.get_tensor(entry.name)
-                position += 1
+    """The entries with their stored tensors, one after the other."""
+    for entry in entries:
+        yield entry, read_tensor(entry)
+
+
+def read_tensor(entry: TensorEntry) -> torch.Tensor:
+    """A stored tensor, in memory of its own: read, not mapped, so that a model larger than the memory can be merged.
+
+    Raises:
+        StorageError: the file ends before the tensor does.
+    """
+    stored = torch.empty(entry.bytes, dtype=torch.uint8)
+    descriptor = os.open(entry.file, os.O_RDONLY)
+    try:
+        _read_into(descriptor, stored.numpy().data, entry, entry.start)
+    finally:
+        os.close(descriptor)
+    return stored.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def read_blocks(entry: TensorEntry) -> Iterator[memoryview]:
+    """A stored tensor's bytes, some megabytes at a time; a block is overwritten by the next one."""
+    room = memoryview(bytearray(min(BYTES_AT_ONCE, entry.bytes)))
+    descriptor = os.open(entry.file, os.O_RDONLY)
+    try:
+        for start in range(0, entry.bytes, BYTES_AT_ONCE):
+            block = room[: min(BYTES_AT_ONCE, entry.bytes - start)]
+            _read_into(descriptor, block, entry, entry.start + start)
+            yield block
+    finally:
+        os.close(descriptor)
+
+
+def same_bytes(some: TensorEntry, other: TensorEntry) -> bool:
+    """Whether two stored tensors are equal, byte for byte."""
+    return some.bytes == other.bytes and all(
+        one == two for one, two in zip(read_blocks(some), read_blocks(other), strict=True)
+    )
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The elements as they lie in a safetensors file: uint8, one dimension."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _changed_bytes(entry: TensorEntry, change: Change) -> Iterator[memoryview]:
+    yield as_bytes(change(entry, read_tensor(entry))).numpy().data
+
+
+def _read_into(descriptor: int, room: memoryview, entry: TensorEntry, start: int) -> None:
+    filled = 0
+    while filled < len(room):
+        count = os.preadv(descriptor, [room[filled:]], start + filled)
+        if count == 0:
+            message = f"ends inside {entry.name}; it became shorter while it was read, fetch it again"
+            raise StorageError(Problem(str(entry.file), message))
+        filled += count
 
 
 def _header(members: Sequence[TensorEntry]) -> bytes:

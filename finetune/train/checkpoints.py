@@ -186,18 +186,28 @@ def _rotate(sealed: Path, *, keep: int) -> None:
     """Remove checkpoints older than the one just sealed beyond `keep`; what holds no manifest of ours is not touched.
 
     One that is newer, or damaged and newer than those kept, is left alone: rotation never removes the newest whole one.
+    One that cannot be removed is said and left: the new checkpoint is whole all the same.
     """
     kept = 1
     for old in reversed(find_checkpoints(sealed.parent)):
         if step_of(old) >= step_of(sealed):
             continue
         if kept >= keep and _holds_manifest(old):
-            doomed = _hidden(old, "removed")
-            _remove(doomed)
-            old.rename(doomed)  # so that a kill in the middle of removing leaves nothing that looks like a checkpoint
-            _remove(doomed)
+            try:
+                _retire(old)
+            except OSError as error:
+                sys.stderr.write(
+                    f"{old}: no longer needed, but it could not be removed ({error}); remove it yourself\n"
+                )
         elif find_damage(old, contents=False) is None:
             kept += 1
+
+
+def _retire(old: Path) -> None:
+    doomed = _hidden(old, "removed")
+    _remove(doomed)
+    old.rename(doomed)  # so that a kill in the middle of removing leaves nothing that looks like a checkpoint
+    _remove(doomed)
 
 
 def _holds_manifest(checkpoint: Path) -> bool:

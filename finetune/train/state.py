@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import NumericsError, Problem, StorageError, raise_problems
+from finetune.model.adapter import stored_tensors
 
 TENSORS, REST, WEIGHTS = "state.safetensors", "state.json", "adapter_model.safetensors"
+RANDOM = "random-{:03}.json"  # of a rank
 
 
 class Stateful(Protocol):
@@ -29,9 +31,14 @@ class Stateful(Protocol):
 
 
 def save_state(
-    folder: Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, parts: Mapping[str, Stateful]
+    folder: Path,
+    *,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parts: Mapping[str, Stateful],
+    random_states: Sequence[bytes],
 ) -> None:
-    """Write state.safetensors and state.json.
+    """Write state.safetensors and state.json, and random-NNN.json for every rank, from its `random_state_bytes`.
 
     Raises:
         NumericsError: a trained weight or a tensor of the optimizer is not finite; nothing was written.
@@ -42,7 +49,6 @@ def save_state(
     states = {name: part.state_dict() for name, part in {"optimizer": optimizer, **parts}.items()}
     rest = {
         "parameters": parameters,
-        "random": _take_out(_random_state(), "random", tensors),
         **{name: _take_out(state, name, tensors) for name, state in states.items()},
     }
     _refuse_non_finite({name: p for name, p in model.named_parameters() if p.requires_grad}, names)
@@ -51,6 +57,8 @@ def save_state(
     save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()},
               folder / TENSORS)  # fmt: skip
     (folder / REST).write_text(json.dumps(rest, allow_nan=False) + "\n", encoding="utf-8")
+    for rank, state in enumerate(random_states):
+        (folder / RANDOM.format(rank)).write_bytes(state)
 
 
 def load_state(
@@ -63,7 +71,7 @@ def load_state(
     """
     rest, tensors = _read(folder)
     now = _optimized(model, optimizer)
-    saved = {name for name in rest if name not in ("parameters", "random", "optimizer")}
+    saved = {name for name in rest if name not in ("parameters", "optimizer")}
     if rest["parameters"] != now or saved != parts.keys():
         pairs = zip(rest["parameters"], now, strict=False)
         other = next((f"{was} was saved, {here} is here" for was, here in pairs if was != here), "")
@@ -76,33 +84,48 @@ def load_state(
         part.load_state_dict(state)
 
 
-def load_random_state(folder: Path) -> None:
-    """Set Python's, NumPy's and torch's generators, of every device, to where they were.
+def random_state_bytes() -> bytes:
+    """Where Python's, NumPy's and torch's generators are in this process, as JSON."""
+    tensors: dict[str, torch.Tensor] = {}
+    rest = _take_out(_random_state(), "random", tensors)
+    written = {name: bytes(tensor.tolist()).hex() for name, tensor in tensors.items()}
+    return (json.dumps({"random": rest, "tensors": written}) + "\n").encode()
+
+
+def load_random_state(folder: Path, *, rank: int = 0) -> bool:
+    """Set Python's, NumPy's and torch's generators, of every device, to where they were; False if this rank is new.
 
     Raises:
         StorageError: the checkpoint was written with another number of GPUs.
     """
-    rest, tensors = _read(folder)
-    state = _put_back(rest["random"], tensors)
+    file = folder / RANDOM.format(rank)
+    if not file.exists():
+        return False
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    tensors = {
+        name: torch.frombuffer(bytearray.fromhex(value), dtype=torch.uint8) for name, value in saved["tensors"].items()
+    }
+    state = _put_back(saved["random"], tensors)
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if len(state["cuda"]) != devices:
         message = f"was saved with {len(state['cuda'])} GPUs, here are {devices}; the same numbers cannot be drawn"
-        raise StorageError(Problem(str(folder / REST), message))
+        raise StorageError(Problem(str(file), message))
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002 - the global generator, which libraries draw from
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
+    return True
 
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:
-    """Copy the saved adapter into the trainable parameters, bit by bit.
+    """Copy the saved adapter into the model's, bit by bit.
 
     Raises:
         StorageError: a weight is missing, left over, or of another shape or dtype.
     """
     saved = load_file(folder / WEIGHTS)
-    here = {_name_in_file(name): p for name, p in model.named_parameters() if p.requires_grad}
+    here = stored_tensors(model)
     raise_problems(
         (
             Problem(str(folder / WEIGHTS), f"{name}: {_kind(saved.get(name))} was saved, {_kind(here.get(name))} fits")
@@ -114,11 +137,6 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in here.items():
             parameter.copy_(saved[name])
-
-
-def _name_in_file(name: str) -> str:
-    """PEFT leaves the adapter's own name out, and of DoRA's magnitudes also the last part."""
-    return name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector").replace(".default.", ".")
 
 
 def _kind(tensor: torch.Tensor | None) -> str:

@@ -7,18 +7,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.data.examples import Example
-from finetune.errors import Problem, StorageError
+from finetune.errors import Problem, StorageError, storing
 from finetune.machine import GIB
-from finetune.model.adapter import keep_adapter_in_float32
+from finetune.model.adapter import adapter_untouched
 from finetune.plan import TrainPlan
-from finetune.train.checkpoints import newest_whole_checkpoint, step_of
-from finetune.train.stop import stop_on_signal
-from finetune.train.trainer import autocast, make_trainer, mean_loss
+from finetune.stop import Stopped, StopSignal
+from finetune.train.checkpoints import find_checkpoints, newest_whole_checkpoint, step_of
+from finetune.train.memory import out_of_memory_told
+from finetune.train.ranks import Ranks
+from finetune.train.stop import StopAtStepEnd
+from finetune.train.trainer import ALONE, StepTrainer, make_trainer
 from finetune.train.watch import Watch, draw_loss_curve, read_metrics
 
 
@@ -36,7 +40,7 @@ class TrainResult:
     peak_memory_gib: float
 
 
-def train(
+def train(  # noqa: PLR0913 - everything a training is made of
     plan: TrainPlan,
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -44,55 +48,122 @@ def train(
     examples: Sequence[Example],
     held_out: Sequence[Example],
     folder: Path,
-) -> TrainResult:
-    """Train `model` in place from the newest whole checkpoint in `folder`, or from the start.
+    stop: StopSignal | None = None,
+    ranks: Ranks = ALONE,
+) -> TrainResult | None:
+    """Train `model` in place from the newest whole checkpoint in `folder`, or from the start; the first rank's figures.
 
     Raises:
-        NumericsError: a loss, a weight or a state is not finite.
+        Stopped: a signal came, and a checkpoint is saved.
+        NumericsError: a loss, a gradient, a weight or a state is not finite.
         StorageError: no checkpoint of an earlier start is whole, or saving failed again and again.
+        OutOfMemoryError: in a pass, in the optimizer, an evaluation or a save.
     """
     started = time.perf_counter()
-    checkpoint = newest_whole_checkpoint(folder / "checkpoints")
-    trainer = make_trainer(
-        plan, model=model, tokenizer=tokenizer, examples=examples, held_out=held_out, folder=folder / "checkpoints"
-    )
-    keep_adapter_in_float32(model)  # TRL's constructor casts the adapters of quantised bases to bfloat16
+    checkpoint = _newest_checkpoint(folder / "checkpoints", ranks)
+    with adapter_untouched(model):
+        trainer = make_trainer(
+            plan,
+            model=model,
+            tokenizer=tokenizer,
+            examples=examples,
+            held_out=held_out,
+            folder=folder / "checkpoints",
+            ranks=ranks,
+        )
     watch = Watch(
         plan,
         folder / "metrics.jsonl",
         first_step=step_of(checkpoint) if checkpoint else 0,
         step_counts=lambda: (trainer.step_tokens, trainer.step_supervised),
     )
-    trainer.add_callback(watch)
-    with stop_on_signal() as stop:
-        trainer.add_callback(stop)
+    with out_of_memory_told(lambda: trainer.stage, kept=lambda: _kept(folder)):
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            _run_steps(trainer, watch, stop or StopSignal(), checkpoint)
+            with storing(folder / "metrics.jsonl"):
+                watch.metrics.flush()  # what a full disk refused until now
         finally:
             watch.close()
-    if stop.signal_number and trainer.state.global_step < plan.steps:
-        if trainer.failed_saves:
-            message = (
-                f"a signal after step {trainer.state.global_step}, which could not be saved; make room, then --resume"
-            )
-            raise StorageError(Problem(str(folder), message))
-        raise stop.interrupted(step=trainer.state.global_step, folder=folder)
-    eval_loss = None
-    if held_out:
-        with autocast(plan.device, plan.dtype):
-            eval_loss = mean_loss(model, held_out, tokens_per_pass=plan.tokens_per_pass)
-    draw_loss_curve(folder / "metrics.jsonl", folder / "loss.png")
-    losses = [entry["loss"] for entry in read_metrics(folder / "metrics.jsonl") if "loss" in entry]
+    if not ranks.is_first:
+        return None
+    with storing(folder / "loss.png"):
+        draw_loss_curve(folder / "metrics.jsonl", folder / "loss.png")
+    entries = read_metrics(folder / "metrics.jsonl")
+    steps = [entry for entry in entries if "loss" in entry]
+    losses = [entry["loss"] for entry in steps[-20:]]
+    held_out_losses = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]  # the last step has one
     return TrainResult(
         steps=plan.steps,
         examples=len(examples),
-        supervised_tokens=watch.supervised_tokens,
-        train_loss=sum(losses[-20:]) / len(losses[-20:]),
-        eval_loss=eval_loss,
+        supervised_tokens=sum(entry["supervised_tokens"] for entry in steps),
+        train_loss=sum(losses) / len(losses),
+        eval_loss=held_out_losses[-1] if held_out else None,
         seconds=time.perf_counter() - started,
         tokens_per_second=watch.tokens_per_second,
         peak_memory_gib=peak_memory_gib(plan.device),
     )
+
+
+def _newest_checkpoint(folder: Path, ranks: Ranks) -> Path | None:
+    """The same on all ranks; the first looks for it, because a damaged one is renamed on the way."""
+    found = ranks.first_alone(lambda: newest_whole_checkpoint(folder))
+    step = ranks.largest(step_of(found) if found else 0)
+    return found or (folder / f"step-{step:06d}" if step else None)
+
+
+def _run_steps(trainer: StepTrainer, watch: Watch, stop: StopSignal, checkpoint: Path | None) -> None:
+    """From the checkpoint, or the start, to the last step.
+
+    Raises:
+        Stopped: a signal came on any rank, and a checkpoint is saved.
+        StorageError: it could not be saved.
+    """
+    ranks, folder = trainer.ranks, Path(str(trainer.args.output_dir)).parent
+    if ranks.is_first:
+        trainer.add_callback(watch)
+        trainer.before_save = watch.metrics.flush
+    boundary = StopAtStepEnd(stop, ranks)
+    trainer.signalled = lambda: bool(stop.number)
+    trainer.add_callback(_OwedEvaluation(trainer, watch))
+    trainer.add_callback(boundary)
+    trainer.seed_rank()
+    stop.at_once = False
+    stop.check()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    step = trainer.state.global_step
+    if boundary.agreed:
+        stop.number = boundary.agreed
+        if not trainer.failed_saves:
+            stop.cure = f"after step {step} of {trainer.plan.steps} a checkpoint is saved in {folder}; "
+            stop.cure += "the same command with --resume goes on"
+            raise Stopped
+        if step < trainer.plan.steps:
+            message = f"a signal after step {step}, which could not be saved; make room, then --resume"
+            ranks.agree(StorageError(Problem(str(folder), message)) if ranks.is_first else None)
+    if not trainer.failed_saves:  # else what was learned is only here, and a signal waits until it is written
+        stop.cure = f"all steps are trained and saved in {folder}; the same command with --resume finishes the run"
+        stop.at_once = True
+        stop.check()
+
+
+class _OwedEvaluation(TrainerCallback):
+    """Makes up for the evaluation that a signal broke off just before the checkpoint was saved."""
+
+    def __init__(self, trainer: StepTrainer, watch: Watch) -> None:
+        self.trainer = trainer
+        self.watch = watch
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        ranks = self.trainer.ranks
+        owed = ranks.is_first and bool(self.trainer.held_out) and self.watch.owes_evaluation(state.global_step)
+        if ranks.largest(owed):
+            self.trainer.evaluate()
+
+
+def _kept(folder: Path) -> str:
+    """The end of a message that says where a run can go on."""
+    checkpoints = find_checkpoints(folder / "checkpoints")
+    return f"; {checkpoints[-1]} is kept" if checkpoints else ""
 
 
 def peak_memory_gib(device: str) -> float:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetune.errors import storing
 from finetune.plan import TrainPlan
+from finetune.train.divergence import Divergence
+
+LONGEST_LINE = 4096  # bytes, of metrics.jsonl
 
 
 class Watch(TrainerCallback):
@@ -23,19 +29,19 @@ class Watch(TrainerCallback):
         self, plan: TrainPlan, metrics_file: Path, *, first_step: int, step_counts: Callable[[], tuple[int, int]]
     ) -> None:
         self.plan = plan
-        self.metrics_file = metrics_file
         self.step_counts = step_counts
-        self.tokens = 0
-        self.supervised_tokens = 0
+        self.tokens = 0  # those of this process; what the whole run has seen is in metrics.jsonl
         self.seconds = 0.0
         self.first_step = first_step
+        self.metrics = MetricsFile(metrics_file)
         self._started = time.perf_counter()
-        self._stream: IO[str] | None = None
+        self._divergence = Divergence()
         self._bar = StepBar(plan.steps, first_step=first_step)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        keep_metrics_until(self.metrics_file, step=self.first_step)
-        self._stream = self.metrics_file.open("a", encoding="utf-8")
+        with storing(self.metrics.file):
+            kept = self.metrics.open(until_step=self.first_step)
+        self._divergence = Divergence(entry["loss"] for entry in kept if "loss" in entry)
         self._bar.start()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -49,29 +55,101 @@ class Watch(TrainerCallback):
         if "loss" in logs:
             tokens, supervised = self.step_counts()
             self.tokens += tokens
-            self.supervised_tokens += supervised
             self._bar.advance(state.global_step, logs["loss"], logs["learning_rate"], self.tokens_per_second)
             kept = {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
-            self._write({"step": state.global_step, **kept, "tokens": tokens, "supervised_tokens": supervised})
+            self.metrics.add({"step": state.global_step, **kept, "tokens": tokens, "supervised_tokens": supervised})
+            if warning := self._divergence.see(float(logs["loss"])):
+                self._bar.note(f"step {state.global_step}: {warning}")
+                self.metrics.add({"step": state.global_step, "warning": warning})
         elif "eval_loss" in logs:
             self._bar.note(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
-            self._write({"step": state.global_step, "eval_loss": float(logs["eval_loss"])})
+            self.metrics.add({"step": state.global_step, "eval_loss": float(logs["eval_loss"])})
+
+    def owes_evaluation(self, step: int) -> bool:
+        """Whether a run that goes on after a step has still to evaluate it: a signal came in the middle."""
+        due = step > 0 and (step % self.plan.evaluate_every_steps == 0 or step == self.plan.steps)
+        return due and not any(entry["step"] == step and "eval_loss" in entry for entry in self.metrics.kept)
 
     def close(self) -> None:
         """Close the metrics file and the progress bar."""
         self._bar.stop()
-        if self._stream:
-            self._stream.close()
+        self.metrics.close()
 
     @property
     def tokens_per_second(self) -> float:
         """Real tokens of optimizer steps per second of stepping."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
-    def _write(self, entry: dict[str, Any]) -> None:
-        assert self._stream
-        self._stream.write(json.dumps(entry) + "\n")
-        self._stream.flush()
+
+class MetricsFile:
+    """metrics.jsonl: whole lines only. What a full disk refuses is kept in memory and written with the next line."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.kept: list[dict[str, Any]] = []  # the entries that were there when it was opened
+        self._waiting = b""
+        self._size = 0
+        self._descriptor: int | None = None
+        self._is_behind = False
+
+    def open(self, *, until_step: int) -> list[dict[str, Any]]:
+        """Cut off the lines after a step, which will be written again, and return the others."""
+        self.kept = [entry for entry in read_metrics(self.file) if entry["step"] <= until_step]
+        lines = b"".join(map(_line, self.kept))
+        self._descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
+        if os.pread(self._descriptor, len(lines), 0) != lines:
+            os.pwrite(self._descriptor, lines, 0)
+        self._size = len(lines)
+        os.ftruncate(self._descriptor, self._size)
+        return self.kept
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Append a line; a disk that is full is said once and does not stop the run."""
+        self._waiting += _line(entry)
+        try:
+            self.flush()
+        except OSError as error:
+            if not self._is_behind:
+                sys.stderr.write(f"{self.file}: cannot be written ({error}); its lines wait until there is room\n")
+            self._is_behind = True
+
+    def flush(self) -> None:
+        """Write what waits.
+
+        Raises:
+            OSError: it cannot be written; the file ends with its last whole line.
+        """
+        if self._descriptor is None:  # another rank writes
+            return
+        try:
+            while self._waiting:
+                written = os.pwrite(self._descriptor, self._waiting, self._size)
+                if not written:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._size += written
+                self._waiting = self._waiting[written:]
+        except OSError:
+            last_line = self._size - self._half_a_line()
+            self._waiting = os.pread(self._descriptor, self._size - last_line, last_line) + self._waiting
+            os.ftruncate(self._descriptor, last_line)
+            self._size = last_line
+            raise
+        self._is_behind = False
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _half_a_line(self) -> int:
+        """How many bytes stand after the last newline."""
+        assert self._descriptor is not None
+        tail = os.pread(self._descriptor, LONGEST_LINE, max(0, self._size - LONGEST_LINE))
+        return len(tail) - (tail.rfind(b"\n") + 1)
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return (json.dumps(entry) + "\n").encode()
 
 
 class StepBar:
@@ -124,12 +202,6 @@ def read_metrics(metrics_file: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return entries
-
-
-def keep_metrics_until(metrics_file: Path, *, step: int) -> None:
-    """Drop the lines after a step, which a resumed run will write again."""
-    kept = [entry for entry in read_metrics(metrics_file) if entry["step"] <= step]
-    metrics_file.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
 
 def draw_loss_curve(metrics_file: Path, picture: Path) -> None:

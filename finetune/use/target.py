@@ -17,6 +17,7 @@ from finetune.base import (
     Base,
     read_base,
     read_chat_template,
+    read_header,
     sha256_of,
     weight_files,
 )
@@ -30,6 +31,7 @@ from finetune.model.load import load_base
 from finetune.plan import ModelPlan
 from finetune.recipe import DataSection
 from finetune.train.checkpoints import find_checkpoints
+from finetune.trust import check_foreign_code
 
 # The file that makes a folder a target of a kind; the first that is there decides.
 MARKS = {"run": "plan.json", "adapter": "adapter_config.json", "model": "config.json"}
@@ -94,8 +96,11 @@ def open_target(found: FoundTarget) -> Target:
     """Load a found target's weights.
 
     Raises:
-        UserError: the base cannot be loaded, or the adapter does not fit it.
+        UserError: the base cannot be loaded, or the adapter does not fit it or asks for foreign code.
+        StorageError: the adapter's weights are damaged.
     """
+    if found.adapter is not None:
+        _check_adapter_files(found.adapter)
     model = load_base(found.plan)
     tuned: torch.nn.Module = model
     if found.adapter is not None:
@@ -108,16 +113,29 @@ def open_target(found: FoundTarget) -> Target:
     return Target(**{name: getattr(found, name) for name in FoundTarget.__dataclass_fields__}, model=tuned.eval())
 
 
+def _check_adapter_files(folder: Path) -> None:
+    """PEFT would take a pickle where there are no safetensors, or look for the folder's name on the hub."""
+    check_foreign_code(str(folder), folder)
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        hint = f" ({pickles[0]} is a pickle, which is never opened)" if pickles else ""
+        message = f"no weights: adapter_model.safetensors is missing{hint}; save the adapter in safetensors form"
+        raise UserError(Problem(str(folder), message))
+    read_header(weights)
+
+
 @contextmanager
 def attention_for_loss(target: Target) -> Iterator[None]:
     """Inside, documents that lie end to end do not see each other, as in training; outside, padding masks work."""
     inner = transformers_model(target.model)
+    before = inner.config._attn_implementation
     if target.base.facts.isolates_by_documents:
         inner.set_attn_implementation("documents")
     try:
         yield
     finally:
-        inner.set_attn_implementation(target.plan.attention)
+        inner.set_attn_implementation(before)
 
 
 def transformers_model(model: Any) -> PreTrainedModel:

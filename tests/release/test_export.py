@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 import sys
 from collections import namedtuple
@@ -21,25 +22,30 @@ from finetune.base import sha256_of
 from finetune.cli import main
 from finetune.errors import ProofError, StorageError, UserError
 from finetune.release import export as export_file
+from finetune.release import export_proof as proof_file
+from finetune.release import formats as formats_file
 from finetune.release import merge as merge_file
+from finetune.release import merging as merging_file
+from finetune.release import staging as staging_file
 from finetune.release import verify as verify_file
 from finetune.release.export import export, export_text
+from finetune.release.export_proof import prove_export
 from finetune.release.gguf import write as write_file
 from finetune.release.manifest import MANIFEST, describe_files
 from finetune.release.proof import prove
-from finetune.release.verify import prove_export, verify
+from finetune.release.verify import verify
 from tests.conftest import POCKET
 from tests.release import runs
 from tests.release.runs import copy_release, random_run
 
-PROVE_IN_FRESH_PROCESS = verify_file.prove_export_in_fresh_process
+PROVE_IN_FRESH_PROCESS = proof_file.prove_in_fresh_process
 Usage = namedtuple("Usage", "total used free")
 
 
 def no_fresh_process(patch: pytest.MonkeyPatch) -> None:
     """The proofs without a process of their own, which takes seconds; the command-line test has the real one."""
     patch.setattr(merge_file, "prove_in_fresh_process", lambda pairs: [prove(*pair) for pair in pairs])
-    patch.setattr(export_file, "prove_export_in_fresh_process", prove_export)
+    patch.setattr(export_file, "prove_in_fresh_process", prove_export)
     patch.setattr(verify_file, "prove_export_in_fresh_process", prove_export)
 
 
@@ -166,7 +172,7 @@ def test_an_adapter_with_another_delta_is_not_published(
             name = next(name for name in tensors if "layers.1.mlp.down_proj.lora_B" in name)
             save_file(tensors | {name: tensors[name] * 1.01}, str(target))
 
-    monkeypatch.setattr(export_file.shutil, "copyfile", copy_changed)
+    monkeypatch.setattr(formats_file.shutil, "copyfile", copy_changed)
     with pytest.raises(ProofError, match="plain peft"):
         export(str(run.path), format="adapter", out=tmp_path / "out")
     assert left_in(tmp_path) == ["out.failed.json"]
@@ -198,8 +204,8 @@ def test_a_writer_that_mixes_up_two_tensors_publishes_nothing(
 def test_a_merge_that_fails_on_the_way_publishes_nothing(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = merge_file.round_tuned
-    monkeypatch.setattr(merge_file, "round_tuned", lambda weight, delta, *, dtype: exact(weight, None, dtype=dtype))
+    exact = merging_file.round_tuned
+    monkeypatch.setattr(merging_file, "round_tuned", lambda weight, delta, *, dtype: exact(weight, None, dtype=dtype))
     with pytest.raises(ProofError, match="nearest value") as failure:
         export(str(run.path), format="gguf", out=tmp_path / "out")
     assert left_in(tmp_path) == ["out.failed.json"]
@@ -211,7 +217,7 @@ def test_an_interrupted_export_leaves_nothing(release: Path, tmp_path: Path, mon
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export_file, "prove_export_in_fresh_process", interrupt)
+    monkeypatch.setattr(export_file, "prove_in_fresh_process", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export(str(release), format="gguf", out=tmp_path / "out")
     assert left_in(tmp_path) == []
@@ -220,9 +226,9 @@ def test_an_interrupted_export_leaves_nothing(release: Path, tmp_path: Path, mon
 def test_a_full_disk_is_seen_before_anything_is_written(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_file.shutil, "disk_usage", lambda _: Usage(10**9, 10**9 - 10**6, 10**6))
+    monkeypatch.setattr(staging_file.shutil, "disk_usage", lambda _: Usage(10**9, 10**9 - 10**6, 10**6))
     for format in ("gguf", "adapter"):
-        with pytest.raises(StorageError, match=r"needs 0\.1 GB for a while, 0\.0 GB are free") as failure:
+        with pytest.raises(StorageError, match=r"0\.1 GB are needed for a while, 0\.0 GB are free") as failure:
             export(str(run.path), format=format, out=tmp_path / "there" / "out")
         assert failure.value.code == 3
     assert left_in(tmp_path) == []
@@ -234,7 +240,7 @@ def test_a_disk_that_becomes_full_leaves_nothing(
     def no_space(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(export_file, "write_gguf", no_space)
+    monkeypatch.setattr(formats_file, "write_gguf", no_space)
     with pytest.raises(StorageError, match="became full") as failure:
         export(str(release), format="gguf", out=tmp_path / "out")
     assert failure.value.code == 3
@@ -252,18 +258,70 @@ def test_a_folder_that_cannot_be_made_is_named(release: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"format": "ollama"}, "write one of adapter, gguf, safetensors"),
+        ({"format": "onnx"}, "write one of safetensors, adapter, gguf, gguf-adapter, ollama, compressed-tensors"),
         ({"format": "gguf", "quant": "q3"}, "write one of f32, f16"),
         ({"format": "safetensors", "quant": "q8_0"}, "leave it out"),
-        ({"format": "adapter", "onto": "original"}, "leave it out"),
+        ({"format": "adapter", "onto": "original"}, "nothing is merged for adapter; leave it out"),
+        ({"format": "gguf-adapter", "quant": "q8_0"}, "it is for gguf or ollama; leave it out"),
+        ({"format": "gguf", "without_template": True}, "only ollama's Modelfile has one"),
     ],
 )
 def test_what_is_not_possible_is_refused_with_what_is(
-    run: RunFolder, tmp_path: Path, options: dict[str, str], told: str
+    run: RunFolder, tmp_path: Path, options: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(UserError, match=told):
         export(str(run.path), out=tmp_path / "out", **options)
     assert left_in(tmp_path) == []
+
+
+def test_every_format_is_proven_verified_and_told_in_the_help(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formats = set(formats_file.FORMATS)
+    assert formats == set(proof_file.AGAINST)
+    assert {*formats, "safetensors"} == set(verify_file.AGAIN)
+    monkeypatch.setattr(sys, "argv", ["finetune", "export", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    told = re.sub(r"-\s+", "-", re.sub(r"\s+", " ", capsys.readouterr().out))  # a line may break after a hyphen
+    assert all(f" {name} (" in told for name in formats)
+    assert all(f" {quant}" in told for quant in formats_file.QUANTS)
+
+
+def test_what_is_not_merged_takes_no_onto_and_gives_no_adapter(release: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="merged already"):
+        export(str(release), format="gguf", onto="original", out=tmp_path / "out")
+    for format in ("adapter", "gguf-adapter"):
+        with pytest.raises(UserError, match="holds no adapter"):
+            export(str(release), format=format, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("format", ["gguf-adapter", "compressed-tensors"])
+def test_the_other_formats_are_published_proven_and_verified(
+    run: RunFolder, release: Path, tmp_path: Path, format: str
+) -> None:
+    target = run.path if format == "gguf-adapter" else release
+    done = export(str(target), format=format, out=tmp_path / "out")
+    manifest = read_json(done.out / MANIFEST)
+    assert manifest["format"] == format
+    assert manifest["notes"] == list(done.notes)
+    assert left_in(tmp_path) == ["out"]
+    assert verify(done.out).not_proven is None
+    if format == "compressed-tensors":
+        stops = read_json(done.out / "generation_config.json")
+        write_json(done.out / "generation_config.json", stops | {"eos_token_id": 7})
+        write_json(done.out / MANIFEST, manifest | {"files": describe_files(done.out)})
+        with pytest.raises(ProofError, match="stop token files that changed"):
+            verify(done.out)
+
+
+def test_two_exports_to_one_name_do_not_meet(release: Path, tmp_path: Path) -> None:
+    with staging_file.work_folder(tmp_path / "out"), pytest.raises(UserError, match="another process is writing"):
+        export(str(release), format="gguf", out=tmp_path / "out")
+    (tmp_path / ".out.partial" / "release").mkdir(parents=True)  # as a killed process leaves it
+    (tmp_path / ".out.partial" / "release" / "half").write_text("x")
+    export(str(release), format="gguf", out=tmp_path / "out")
+    assert left_in(tmp_path) == ["out"]
 
 
 def test_what_is_there_stays_and_an_export_is_no_target(exported: Path, release: Path, tmp_path: Path) -> None:
@@ -315,7 +373,7 @@ def test_the_command_answers_in_json_and_proves_in_a_fresh_process(
 ) -> None:
     out = tmp_path / "out"
     command = ["export", str(release), "--format", "gguf", "--quant", "bf16", "--out", str(out), "--json"]
-    monkeypatch.setattr(export_file, "prove_export_in_fresh_process", PROVE_IN_FRESH_PROCESS)
+    monkeypatch.setattr(export_file, "prove_in_fresh_process", PROVE_IN_FRESH_PROCESS)
     monkeypatch.setattr(sys, "argv", ["finetune", *command])
     with pytest.raises(SystemExit) as end:
         main()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,19 +16,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from finetune.artifact import RunFolder, read_json, write_json
-from finetune.base import read_tensor_entries, sha256_of
+from finetune.base import TensorEntry, read_tensor_entries, sha256_of
 from finetune.data.template import Template
-from finetune.errors import ProofError, UserError
+from finetune.errors import ProofError, StorageError, UserError
 from finetune.release import fresh as fresh_file
 from finetune.release import merge as merge_file
+from finetune.release import merging as merging_file
 from finetune.release import verify as verify_file
 from finetune.release.choice import choose_onto
 from finetune.release.fresh import Proof, prove_in_fresh_process
 from finetune.release.merge import merge, release_text
 from finetune.release.proof import prove
 from finetune.release.source import read_source
-from finetune.release.verify import verify
-from finetune.release.weights import plan_shards, write_shards
+from finetune.release.verify import verify, verify_text
+from finetune.release.weights import plan_shards, read_tensors, write_shards
 from finetune.train.trainer import mean_loss
 from tests.release.runs import copy_release, random_run
 
@@ -137,8 +140,7 @@ def test_without_held_out_rows_a_fixed_sample_of_training_rows_decides(tmp_path:
 def test_a_failed_proof_publishes_nothing_but_its_report(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = merge_file.round_tuned
-    monkeypatch.setattr(merge_file, "round_tuned", lambda weight, delta, *, dtype: exact(weight, None, dtype=dtype))
+    monkeypatch.setattr(merging_file, "round_tuned", lambda weight, change, *, dtype: weight.to(dtype))
     with pytest.raises(ProofError, match="nearest value") as failure:
         merge(run.path, out=tmp_path / "release", onto="original")
     assert failure.value.code == 6
@@ -233,7 +235,7 @@ def test_verify_without_the_run_says_what_it_could_not_prove(run: RunFolder, tmp
     assert [proof.name for proof in again.proofs] == ["files"]
     assert again.not_proven is not None
     assert "no-op" in again.not_proven
-    assert "only the files were compared" in release_text(again)
+    assert "ONLY the files were compared" in verify_text(again)
 
 
 def test_verify_wants_a_release(tmp_path: Path) -> None:
@@ -268,3 +270,88 @@ def test_a_template_that_asks_the_date_renders_with_the_recipes(tmp_path: Path) 
     assert "03 Oct 1990" in template.text(read_source(made.path).probe_conversations()[0], add_generation_prompt=True)
     release = merge(made.path, out=tmp_path / "release", onto="original")
     assert {proof.name: proof.value for proof in release.proofs}["probes whose rendering differs"] == 0
+
+
+def test_files_are_read_and_never_mapped(run: RunFolder, tmp_path: Path) -> None:
+    """A mapped model would count against the address space, all of it."""
+    base = read_source(run.path).base.facts.folder
+    entries = list(read_tensor_entries(base))
+
+    def look(entry: TensorEntry, tensor: torch.Tensor) -> torch.Tensor:
+        assert str(base) not in Path("/proc/self/maps").read_text()
+        return tensor
+
+    write_shards(tmp_path, entries, look)
+    assert (tmp_path / "model.safetensors").stat().st_size > 0
+    with safe_open(str(base / "model.safetensors"), framework="pt"):  # what the line above would see
+        assert str(base) in Path("/proc/self/maps").read_text()
+
+
+def test_a_file_that_became_shorter_is_named(run: RunFolder, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    shutil.copyfile(read_source(run.path).base.facts.folder / "model.safetensors", file)
+    entries = list(read_tensor_entries(tmp_path))
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size - 10)
+    with pytest.raises(StorageError, match=r"model.safetensors: ends inside"):
+        list(read_tensors(entries))
+
+
+def test_a_name_can_be_written_in_many_ways(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder is taken, with or without a slash, relative, through its parent; a link or no name is refused."""
+    monkeypatch.setattr(merge_file, "prove_in_fresh_process", lambda pairs: [[] for _ in pairs])
+    monkeypatch.chdir(tmp_path)
+    for name in ("one/", "./two", "deep/../three", "deep/er/four"):
+        (tmp_path / "deep").mkdir(exist_ok=True)
+        assert (merge(run.path, out=Path(name), onto="original").out / "config.json").is_file()
+    (tmp_path / "empty").mkdir()
+    merge(run.path, out=tmp_path / "empty", onto="original")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for name in (".", "..", "link", "deep/.."):
+        with pytest.raises(UserError):
+            merge(run.path, out=Path(name), onto="original")
+    assert left_in(tmp_path) == ["deep", "empty", "link", "one", "three", "two"]
+
+
+def test_two_at_once_do_not_mix(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one merge proves, a second one for the same name is refused and touches nothing."""
+    told = []
+
+    def second(pairs: Sequence[tuple[Path, Path]]) -> list[list[Proof]]:
+        before = left_in(pairs[0][0])
+        with pytest.raises(UserError, match="another process is writing"):
+            merge(run.path, out=tmp_path / "release", onto="original")
+        told.append(left_in(pairs[0][0]) == before)
+        return [[]]
+
+    monkeypatch.setattr(merge_file, "prove_in_fresh_process", second)
+    merge(run.path, out=tmp_path / "release", onto="original")
+    assert told == [True]
+    assert left_in(tmp_path) == ["release"]
+
+
+def test_what_a_killed_merge_left_is_removed_by_the_next_one(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / ".release.partial" / "release"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".other.partial").mkdir()  # of another merge, which may be alive
+    monkeypatch.setattr(merge_file, "prove_in_fresh_process", lambda pairs: [[] for _ in pairs])
+    merge(run.path, out=tmp_path / "release", onto="original")
+    assert left_in(tmp_path) == [".other.partial", "release"]
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(46, marks=pytest.mark.soak)])
+def test_a_merge_that_is_killed_leaves_nothing_or_a_whole_release(tmp_path: Path, kills: int) -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "merge_kills.py"
+    command = [sys.executable, str(script), str(tmp_path), "--kills", str(kills), "--seed", "3"]
+    command += ["--proof-here", "--proof-seconds", "1"] if kills < 10 else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["killed_while_running"] > kills / 2
+    assert report["mixed"] == []
+    assert report["earlier_release_unchanged"]
+    assert report["a_merge_afterwards"] == {"exit_code": 0, "names": ["good", "out"]}
+    assert report["two_at_once"] == {"exit_codes": [0, 2], "left": "release"}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.artifact import RunFolder, read_json, write_json
-from finetune.release.delta import read_deltas
+from finetune.base import read_base
+from finetune.errors import StorageError
+from finetune.release.compared import GREEDY_TOKENS, greedy_tokens
 from finetune.release.fresh import Proof, prove_in_fresh_process
-from finetune.release.source import read_source
+from finetune.release.proof import prove
 from tests.release.runs import copy_release, describe_again, random_run, unproven_release
 
 # Name of the run, how it is stored and trained, and what its release is merged onto.
@@ -44,57 +48,11 @@ def change_weights(release: Path, change: Callable[[dict[str, torch.Tensor]], No
     save_file(tensors, str(release / "model.safetensors"), metadata={"format": "pt"})
 
 
-def leave_a_layer_out(release: Path, run: RunFolder) -> None:
-    base = load_file(str(read_source(run.path).base.facts.folder / "model.safetensors"))
-    layer = {name: tensor for name, tensor in base.items() if ".layers.1." in name}
-    change_weights(release, lambda tensors: tensors.update(layer))
-
-
-def merge_nothing(release: Path, run: RunFolder) -> None:
-    base = load_file(str(read_source(run.path).base.facts.folder / "model.safetensors"))
-    change_weights(release, lambda tensors: tensors.update(base))
-
-
-def double_the_scale(release: Path, run: RunFolder) -> None:
-    base = load_file(str(read_source(run.path).base.facts.folder / "model.safetensors"))
-
-    def double(tensors: dict[str, torch.Tensor]) -> None:
-        for name in read_deltas(run.adapter):
-            tensors[name] += tensors[name] - base[name]
-
-    change_weights(release, double)
-
-
-def round_twice(release: Path, run: RunFolder) -> None:
-    def round_again(tensors: dict[str, torch.Tensor]) -> None:
-        for name in read_deltas(run.adapter):
-            tensors[name] = tensors[name].bfloat16().float()
-
-    change_weights(release, round_again)
-
-
-def flip_a_bit(release: Path, run: RunFolder) -> None:
-    def flip(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.norm.weight"].view(torch.int32)[7] ^= 1
-
-    change_weights(release, flip)
-
-
 def drop_a_tensor(release: Path, run: RunFolder) -> None:
     def drop(tensors: dict[str, torch.Tensor]) -> None:
         del tensors["model.norm.weight"]
 
     change_weights(release, drop)
-
-
-def edit_the_template(release: Path, run: RunFolder) -> None:
-    file = release / "chat_template.jinja"
-    file.write_text(file.read_text().replace("### Response:", "### Answer:"))
-
-
-def forget_the_stop_token(release: Path, run: RunFolder) -> None:
-    config = read_json(release / "generation_config.json")
-    write_json(release / "generation_config.json", config | {"eos_token_id": []})
 
 
 def swap_two_tokens(release: Path, run: RunFolder) -> None:
@@ -107,15 +65,10 @@ def swap_two_tokens(release: Path, run: RunFolder) -> None:
 # What is done to a whole release, and the proofs that must see it, manifest or not.
 NOT_NEAREST = "tuned elements that are not the nearest value"
 LOGITS = "logits against base + adapter"
-SPOILED: dict[Callable[[Path, RunFolder], None], set[str]] = {
-    leave_a_layer_out: {NOT_NEAREST, LOGITS},
-    merge_nothing: {NOT_NEAREST, LOGITS, "no-op"},
-    double_the_scale: {NOT_NEAREST, LOGITS, "no-op"},
-    round_twice: {NOT_NEAREST, LOGITS},
-    flip_a_bit: {"other tensors that changed"},
+RMS = "logits against base + adapter, root mean square"
+DIVERGENCE = "divergence from base + adapter"
+SPOILED: dict[Callable[[Path, RunFolder], None], set[str]] = {  # test_mutations.py has more
     drop_a_tensor: {"tensor names, shapes and dtypes"},
-    edit_the_template: {"template differs", "probes whose rendering differs"},
-    forget_the_stop_token: {"stop tokens that differ"},
     swap_two_tokens: {"probes whose ids differ"},
 }
 
@@ -137,6 +90,8 @@ def proofs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Proo
     truncated = copy_release(whole, folder / "truncated")
     (truncated / "model.safetensors").write_bytes((whole / "model.safetensors").read_bytes()[:-1])
     pairs["truncated"] = (truncated, run_path)
+    alone = shutil.copytree(RunFolder(run_path).adapter, folder / "alone")
+    pairs["an adapter without its run"] = (whole, alone)
     found = prove_in_fresh_process(list(pairs.values()))
     return {case: {proof.name: proof for proof in every} for case, every in zip(pairs, found, strict=True)}
 
@@ -144,7 +99,12 @@ def proofs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Proo
 @pytest.mark.parametrize("case", WHOLE)
 def test_a_whole_release_passes_every_proof(proofs: dict[str, dict[str, Proof]], case: str) -> None:
     assert [found for found in proofs[case].values() if not found.passed] == []
-    assert {"files", NOT_NEAREST, LOGITS, "no-op", "loss of the release", "greedy answers"} <= proofs[case].keys()
+    assert {"files", NOT_NEAREST, LOGITS, DIVERGENCE, RMS, "no-op", "greedy answers"} <= proofs[case].keys()
+    assert {"loss of the release", "loss of the model as trained"} <= proofs[case].keys()
+    assert proofs[case][DIVERGENCE].limit == 1e-3
+    a_layer = {"float32": 1e-5 / 2**0.5, "bfloat16": 0.025, "float16": 0.003}
+    assert proofs[case][RMS].limit == pytest.approx(2**0.5 * a_layer[WHOLE[case][0]["dtype"]])
+    assert not any(name.startswith("experts") for name in proofs[case])
 
 
 @pytest.mark.parametrize("spoil", SPOILED, ids=lambda spoil: spoil.__name__)
@@ -153,6 +113,36 @@ def test_a_spoiled_release_fails_its_proofs(
 ) -> None:
     failed = {name for name, found in proofs[spoil.__name__].items() if not found.passed}
     assert failed >= SPOILED[spoil]
+
+
+def test_without_held_out_rows_the_answers_to_the_probes_are_compared(proofs: dict[str, dict[str, Proof]]) -> None:
+    found = proofs["an adapter without its run"]
+    assert {name for name in found if name.startswith(("loss", "greedy"))} == {"greedy answers"}
+    assert all(found[name].passed for name in (LOGITS, RMS, DIVERGENCE, "no-op", "greedy answers"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "not finite"])
+def test_a_damaged_adapter_is_told_as_one(tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]) -> None:
+    run = random_run(tmp_path, dtype="float32", model__quantization="none")
+    release = unproven_release(tmp_path / "release", run, "original")
+    file = run.adapter / "adapter_model.safetensors"
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-9])
+    else:
+        tensors = load_file(str(file))
+        next(iter(tensors.values()))[0, 0] = float("nan")
+        save_file(tensors, str(file))
+    with pytest.raises(StorageError) as caught:
+        prove_in_fresh_process([(release, run.path)]) if damage == "truncated" else prove(release, run.path)
+    assert str(run.adapter) in str(caught.value) or "lora" in str(caught.value)
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_how_many_tokens_are_answered_depends_on_the_bytes_of_the_base() -> None:
+    facts = read_base("builtin:pocket-llama").facts
+    assert greedy_tokens(facts) == GREEDY_TOKENS
+    assert greedy_tokens(replace(facts, stored_bytes=6 * 10**9)) == 10
+    assert greedy_tokens(replace(facts, stored_bytes=140 * 10**9)) == 4
 
 
 def test_a_truncated_file_is_seen_before_anything_is_loaded(proofs: dict[str, dict[str, Proof]]) -> None:

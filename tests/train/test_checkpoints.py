@@ -27,7 +27,10 @@ from finetune.train.checkpoints import find_checkpoints, find_damage, newest_who
 from tests.conftest import CHECKOUT, alpaca_rows, write_recipe
 
 WEIGHTS = "adapter_model.safetensors"
-FILES = {"adapter_config.json", WEIGHTS, "checkpoint.json", "state.json", "state.safetensors", "trainer_state.json"}
+FILES = {
+    "adapter_config.json", WEIGHTS, "checkpoint.json", "random-000.json", "state.json", "state.safetensors",
+    "trainer_state.json",
+}  # fmt: skip
 
 
 class Trained:
@@ -222,7 +225,7 @@ def test_what_is_not_finite_is_never_saved(
         assert find_damage(left[0]) is None
 
 
-@pytest.mark.parametrize("failing", [{3, 4}, {3, 4, 5}])
+@pytest.mark.parametrize("failing", [{3, 4}, {3, 4, 5}, {2, 3, 5, 6}])
 def test_a_full_disk_ends_the_run_only_after_three_failed_saves(
     plain: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     failing: set[int],
@@ -231,8 +234,8 @@ def test_a_full_disk_ends_the_run_only_after_three_failed_saves(
 
     original = trainer_file.StepTrainer._write_checkpoint_files
 
-    def write(self: trainer_file.StepTrainer, target: Path) -> None:
-        original(self, target)
+    def write(self: trainer_file.StepTrainer, target: Path, random_states: list[bytes]) -> None:
+        original(self, target, random_states)
         if self.state.global_step in failing:
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -245,11 +248,12 @@ def test_a_full_disk_ends_the_run_only_after_three_failed_saves(
         error = caught
     said = [line for line in capsys.readouterr().err.splitlines() if "No space left" in line]
     names = sorted(path.name for path in folder.iterdir())
-    assert len(said) == 2
+    assert len(said) == (4 if len(failing) == 4 else 2)
     assert all("the run goes on" in line for line in said)
-    if failing == {3, 4}:
+    if failing != {3, 4, 5}:  # a save that succeeds begins the count anew
         assert error is None
-        assert names == ["step-000001", "step-000002", "step-000005", "step-000006"]
+        assert names == [f"step-{step:06d}" for step in range(1, 7) if step not in failing]
+        assert (tmp_path / "run" / "adapter").is_dir()
     else:
         assert error is not None
         assert error.code == 3
@@ -392,6 +396,23 @@ def test_rotation_leaves_what_is_newer_and_what_holds_no_manifest(tmp_path: Path
     (tmp_path / "step-000005").mkdir()
     save(tmp_path, 30, keep=1)
     assert [path.name for path in find_checkpoints(tmp_path)] == ["step-000005", "step-000030", "step-000090"]
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_said_and_the_new_one_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, 10, keep=1)
+    rename = Path.rename
+
+    def read_only(path: Path, target: Path) -> Path:
+        if path.name == "step-000010":
+            raise OSError(errno.EROFS, "Read-only file system")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", read_only)
+    assert find_damage(save(tmp_path, 20, keep=1)) is None
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["step-000010", "step-000020"]
+    assert "step-000010: no longer needed, but it could not be removed" in capsys.readouterr().err
 
 
 def test_a_short_checkpoint_does_not_count_as_kept(tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def test_training_learns_with(tiny_base: Path, tmp_path: Path, settings: dict) -
     assert {name.split(".")[-3] for name in weights if "lora_A" in name} == set(targets)
 
 
+@pytest.mark.soak
 def test_an_interrupted_run_resumes_to_the_same_weights(tiny_base: Path, tmp_path: Path) -> None:
     """SIGTERM: exit code 143 after a checkpoint, and the resumed run ends bit-identical to an undisturbed one."""
     rows = alpaca_rows(64)

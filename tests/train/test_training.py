@@ -203,7 +203,7 @@ def test_a_loss_that_is_not_finite_is_never_logged_as_an_average(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers' logging_nan_inf_filter, on by default, would write the mean of the losses before."""
-    monkeypatch.setattr(trainer_file.StepTrainer, "_refuse_non_finite", lambda *_: None)
+    monkeypatch.setattr(trainer_file.StepTrainer, "_refuse", lambda *_: None)
     monkeypatch.setattr(trainer_file, "stretch_losses_S", lambda *pair: stretch_losses_S(*pair) * float("nan"))
     with pytest.raises(NumericsError, match="not finite; this step is not saved"):
         run(write_recipe(tmp_path, tiny_base, alpaca_rows(8), train__max_steps=2))
@@ -218,7 +218,7 @@ def test_a_folder_with_another_run_is_refused(tiny_base: Path, tmp_path: Path) -
     with pytest.raises(UserError, match="--resume"):
         run(path)
     assert run(path, resume=True) == finished
-    with pytest.raises(UserError, match="learning_rate was 0.01, is 0.5"):
+    with pytest.raises(UserError, match="train.learning_rate: was 0.01 when this run began, is 0.5"):
         run(path, ["train.learning_rate=0.5"], resume=True)
 
 

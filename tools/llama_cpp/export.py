@@ -14,14 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from models import CHECKOUT, Trial, make_trials
+from models import ADAPTERS, CHECKOUT, Trial, make_adapter, make_trials
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from finetune.base import load_tokenizer, read_base
 from finetune.machine import quiet_libraries
+from finetune.release.gguf.adapter import write_gguf_adapter
 from finetune.release.gguf.mix import QUANTS
+from finetune.release.gguf.prove import prove_gguf
 from finetune.release.gguf.write import write_gguf
+from finetune.release.source import read_source
 
 PROBES = (
     ("What is the capital of France?",),
@@ -36,6 +40,8 @@ PROBES = (
     ("I'll say IT'S 1234567 o'clock",),
 )
 PROMPTS = {"pocket-llama": "Calculate 15 + 1.", "stories260K": "Once upon a time"}
+READ_BACK = {"pocket-llama": tuple(QUANTS), "stories260K": tuple(QUANTS)}  # what transformers reads too
+READ_BACK |= {"tokenizer-llama3.2-instruct": ("f16", "q4_k_m")}  # a large tokenizer takes it seconds
 GREEDY_TOKENS = 64
 FORCED_TOKENS = 96
 TEXT_TOKENS = 1024
@@ -59,9 +65,36 @@ def main() -> None:
                 name=trial.name,
             )
             print(f"{trial.name} {quant}: {report.bytes:,} bytes, {report.types()}")
-        (folder / "expected.json").write_text(json.dumps(expected(trial, folder, wanted)), encoding="utf-8")
+            if quant in READ_BACK.get(trial.name, ()):
+                read_back(trial, folder / f"{quant}.gguf", quant)
+        values = expected(trial, folder, wanted)
+        adapters = {name: settings for name, (base, settings) in ADAPTERS.items() if base == trial.name}
+        for name, settings in adapters.items():
+            adapter = make_adapter(out / "models" / f"adapter-{name}", trial.folder, settings)
+            export_adapter(folder, adapter, name, values["forced"])
+        values["adapters"] = list(adapters)
+        (folder / "expected.json").write_text(json.dumps(values), encoding="utf-8")
         names.append(trial.name)
     (out / "names.json").write_text(json.dumps(names))
+
+
+def read_back(trial: Trial, file: Path, quant: str) -> None:
+    """Every proof of an export, transformers' own reading of the file among them; a failed one ends the program."""
+    base = read_base(str(trial.folder))
+    proofs = prove_gguf(
+        file,
+        trial.folder,
+        quant=quant,
+        chat_template=trial.chat_template,
+        stop_token_ids=trial.stop_token_ids,
+        name=trial.name,
+        chat_texts=[render(trial.chat_template, turns, base) for turns in PROBES] if trial.chat_template else [],
+    )
+    failed = [found for found in proofs if not found.passed]
+    if failed:
+        sys.exit(f"{file}: {failed}")
+    logits = next(found for found in proofs if found.name == "logits as transformers reads the file")
+    print(f"{trial.name} {quant}: {len(proofs)} proofs passed; {logits.name}: {logits.value:.1e}")
 
 
 def expected(trial: Trial, folder: Path, quants: list[str]) -> dict[str, Any]:
@@ -95,6 +128,19 @@ def expected(trial: Trial, folder: Path, quants: list[str]) -> dict[str, Any]:
     with torch.no_grad():
         np.save(folder / "logits.npy", model(torch.tensor([forced])).logits[0].numpy())
     return values
+
+
+def export_adapter(folder: Path, adapter: Path, name: str, forced: list[int]) -> None:
+    """The adapter's GGUF file, and the logits of the base with it as PEFT computes them."""
+    source = read_source(adapter)
+    write_gguf_adapter(source, folder / f"adapter-{name}.gguf", name=name)
+    base = AutoModelForCausalLM.from_pretrained(
+        str(source.base.facts.folder), dtype=torch.float32, attn_implementation="eager"
+    )
+    model = PeftModel.from_pretrained(base, str(adapter))
+    with torch.no_grad():
+        np.save(folder / f"adapter-{name}.npy", model(torch.tensor([forced])).logits[0].numpy())
+    print(f"{folder.name} adapter {name}: {(folder / f'adapter-{name}.gguf').stat().st_size:,} bytes")
 
 
 def render(template: str | None, turns: tuple[str, ...], base: Any) -> str:

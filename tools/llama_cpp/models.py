@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -95,10 +97,25 @@ RANDOM = {
     "yarn-factor": Random(settings={**WIDE, "rope_parameters": {**YARN_ROPE, "attention_factor": 1.3}}),
     "yarn-mscale": Random(settings={**WIDE, "rope_parameters": {**YARN_ROPE, "mscale": 1.5, "mscale_all_dim": 0.5}}),
     "mistral": Random("mistral", {**WIDE, "head_dim": 64, "sliding_window": None}, quants=True),
-    "qwen2": Random("qwen2", WIDE, layers=8, quants=True),
+    "qwen2": Random("qwen2", {**WIDE, "vocab_size": 514}, layers=8, quants=True),  # its tokenizer adds <|endoftext|>
     "qwen3": Random("qwen3", {**WIDE, "head_dim": 32}, tied=True, quants=True),
     "gemma2": Random("gemma2", {**WIDE, **GEMMA}, tied=True, quants=True),
     "gemma3": Random("gemma3", {**WIDE, **GEMMA}, layers=7, tied=True),
+}
+# name -> model it is for, settings of PEFT's LoraConfig: every linear, the head too; GQA with permuted rows and rows in
+# transformers' order; scales that differ from module to module.
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("biased", {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}),
+    "lora-head": ("unused-rows", {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "k_proj", "lm_head"]}),
+    "rslora": ("tied-llama3", {"r": 5, "lora_alpha": 7, "use_rslora": True, "target_modules": "all-linear"}),
+    "patterns": (
+        "multi-head",
+        {
+            **{"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
+            **{"rank_pattern": {"k_proj": 3}, "alpha_pattern": {"down_proj": 1}},
+        },
+    ),
+    "lora-qwen3": ("qwen3", {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}),
 }
 PUBLISHED = {  # tokenizer folder -> rows of the embedding, bos, stop tokens
     "llama2": (32000, 1, (2,)),
@@ -121,7 +138,8 @@ def make_trials(work: Path) -> list[Trial]:
     for name, (rows, bos, stops) in PUBLISHED.items():
         folder = make_published(work / f"tokenizer-{name}", SHARED / "tokenizers" / name, rows=rows, bos=bos)
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        trials.append(Trial(f"tokenizer-{name}", folder, settings["chat_template"], stops, quants=False))
+        quants = name == "llama3.2-instruct"  # rows of 64: every K-quant falls back to a type of smaller blocks
+        trials.append(Trial(f"tokenizer-{name}", folder, settings["chat_template"], stops, quants=quants))
     return trials
 
 
@@ -131,6 +149,19 @@ def make_random(folder: Path, random: Random) -> Path:
     settings |= {"bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 512}
     save_random(folder, random.family, settings | random.settings)
     shorten_tokenizer(POCKET, folder, tokens=512)
+    return folder
+
+
+def make_adapter(folder: Path, base: Path, settings: dict[str, Any]) -> Path:
+    """An adapter of random numbers, large enough to change what the model says."""
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
+    tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    for name, weight in tuned.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    tuned.peft_config["default"].base_model_name_or_path = str(base)
+    tuned.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
 

@@ -18,8 +18,9 @@ import torch
 from gguf import GGUFReader, ReaderTensor, quants
 from safetensors import safe_open
 
-from finetune.base import load_tokenizer
+from finetune.base import TensorEntry, load_tokenizer
 from finetune.errors import Problem, StorageError
+from finetune.machine import GIB, probe_machine
 from finetune.release.fresh import Proof, proof
 from finetune.release.gguf.architecture import Model, StoredTensor, read_model
 from finetune.release.gguf.bounds import count_beyond, count_not_nearest
@@ -29,6 +30,10 @@ from finetune.release.gguf.pre_tokenizer import space_prefix
 from finetune.release.gguf.rope import rope_settings
 from finetune.release.gguf.vocabulary import Tokenizer, read_tokenizer
 from finetune.release.gguf.write import ELEMENTS_AT_ONCE, ROPE_FACTORS, all_fields, quant_of
+from finetune.release.layerwise import LayerwiseModel, Pass
+from finetune.release.parts import Read
+from finetune.release.weights import read_tensors
+from finetune.trust import is_trusted
 
 # Text of every kind; a model's own chats come with the call.
 PLAIN_PROBES = (
@@ -48,6 +53,7 @@ LOGIT_TOKENS = 24
 # layer (it grows with their root): three times what random models of every family give; trained ones lie far lower.
 # What fewer bits do is bounded weight by weight, and only recorded for the logits.
 LOGITS_LIMIT = {Type.F32: 1.5e-5, Type.F16: 0.04, Type.BF16: 0.4}
+WHOLE_SHARE = 0.7  # of this computer's memory
 # Settings that transformers reads from no header field.
 NO_FIELD = [
     *("rope_parameters", "attention_bias", "mlp_bias", "query_pre_attn_scalar", "layer_types"),
@@ -174,7 +180,7 @@ def _prove_rope(reader: GGUFReader, model: Model, folder: Path) -> list[Proof]:
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    config = AutoConfig.from_pretrained(str(folder))
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=is_trusted(folder))
     theirs = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0].double().numpy()
     place = np.arange(0, model.head_size, 2) / model.head_size
     ours = rope_settings(model.config)["rope_theta"] ** -place / np.asarray(factors, dtype=np.float64)
@@ -211,19 +217,23 @@ def _ids(reference: Any, text: str, *, special: bool) -> list[int]:
 def _prove_logits(reader: GGUFReader, file: Path, folder: Path, model: Model, quant: Quant) -> list[Proof]:
     """transformers computes from the file what the folder's model computes with the file's weights, in float32.
 
-    It knows no header fields for NO_FIELD and a qwen's head size, and takes a llama called "mistral" for another
-    architecture: these are set from the folder's config.
+    Only where the whole model fits in memory twice: transformers cannot read a GGUF file layer by layer. It knows no
+    header fields for NO_FIELD and a qwen's head size, and takes a llama called "mistral" for another architecture:
+    these are set from the folder's config.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
     ids = torch.randint(model.vocabulary, (1, LOGIT_TOKENS), generator=torch.Generator().manual_seed(0))
-    reference: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
-    source = _logits(reference, ids)
-    _put_weights_of_file(reference, reader, model)
-    weights_of_file = _logits(reference, ids)
-    del reference
-    wanted = AutoConfig.from_pretrained(str(folder))
-    config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+    (source,) = LayerwiseModel(folder).logits([Pass(ids)])
+    (weights_of_file,) = LayerwiseModel(folder, read=_read_from_file(reader, model)).logits([Pass(ids)])
+    moved = (weights_of_file - source).abs().max() / source.std()
+    grown = math.sqrt(model.layers)
+    limit = LOGITS_LIMIT[quant.default] * grown if quant.default in LOGITS_LIMIT else None
+    proofs = [proof("logits against the source", moved.item(), limit)]
+    if not fits_whole(sum(stored.entry.elements for stored in model.tensors)):
+        return proofs
+    wanted = AutoConfig.from_pretrained(str(folder), trust_remote_code=is_trusted(folder))
+    config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
     if config.model_type == "mistral":
         values = config.to_dict()
         config = LlamaConfig(**{key: value for key, value in values.items() if key != "model_type"})
@@ -231,28 +241,42 @@ def _prove_logits(reader: GGUFReader, file: Path, folder: Path, model: Model, qu
         if hasattr(wanted, key):
             setattr(config, key, getattr(wanted, key))
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        str(file.parent), gguf_file=file.name, config=config, dtype=torch.float32
+        str(file.parent), gguf_file=file.name, config=config, dtype=torch.float32, trust_remote_code=False
     )
     difference = (_logits(loaded, ids) - weights_of_file).abs().max() / source.std()
-    moved = (weights_of_file - source).abs().max() / source.std()
-    grown = math.sqrt(model.layers)
-    limit = LOGITS_LIMIT[quant.default] * grown if quant.default in LOGITS_LIMIT else None
-    return [
-        proof("logits as transformers reads the file", difference.item(), LOGITS_LIMIT[Type.F32] * grown),
-        proof("logits against the source", moved.item(), limit),
-    ]
+    first = proof("logits as transformers reads the file", difference.item(), LOGITS_LIMIT[Type.F32] * grown)
+    return [first, *proofs]
 
 
-def _put_weights_of_file(reference: Any, reader: GGUFReader, model: Model) -> None:
-    """Give the folder's model the values that gguf's dequantizer reads from the file, rows in the folder's order."""
+def fits_whole(weights: int) -> bool:
+    """Whether this computer has the memory that transformers takes to load a GGUF file: all of it in float32, twice."""
+    return 2 * 4 * weights < WHOLE_SHARE * probe_machine().memory_gib * GIB
+
+
+def _read_from_file(reader: GGUFReader, model: Model) -> Read:
+    """Read the folder's tensors with the values that gguf's dequantizer finds in the file, rows in their order there.
+
+    What the file leaves out, like the copy of a tied embedding, is read as it is.
+    """
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    for stored in model.tensors:
-        tensor = tensors[stored.name]
-        values = torch.from_numpy(np.array(quants.dequantize(tensor.data, Type(tensor.tensor_type)), dtype=np.float32))
-        if stored.heads:
-            pairs = values.unflatten(0, (stored.heads, -1, 2))
-            values = pairs.transpose(1, 2).reshape(values.shape)
-        reference.get_parameter(stored.entry.name).data.copy_(values.reshape(stored.entry.shape) - stored.offset)
+    places = {stored.entry.name: stored for stored in model.tensors}
+
+    def read(entries: Sequence[TensorEntry]) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
+        for entry in entries:
+            if entry.name not in places:
+                yield from read_tensors([entry])
+                continue
+            stored = places[entry.name]
+            tensor = tensors[stored.name]
+            values = torch.from_numpy(
+                np.array(quants.dequantize(tensor.data, Type(tensor.tensor_type)), dtype=np.float32)
+            )
+            if stored.heads:
+                pairs = values.unflatten(0, (stored.heads, -1, 2))
+                values = pairs.transpose(1, 2).reshape(values.shape)
+            yield entry, values.reshape(entry.shape) - stored.offset
+
+    return read
 
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:

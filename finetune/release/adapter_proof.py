@@ -1,0 +1,126 @@
+"""Prove an adapter folder: plain PEFT with it on one side, the base with exactly changed weights on the other."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from finetune.base import TensorEntry, read_tensor_entries
+from finetune.model.adapter import load_adapter
+from finetune.model.load import load_base
+from finetune.release.changes import HEAD
+from finetune.release.delta import round_tuned
+from finetune.release.fresh import Proof, proof
+from finetune.release.layerwise import LayerwiseModel
+from finetune.release.measure import (
+    deviation,
+    largest_difference,
+    positions_compared,
+    probe_logits,
+    probe_passes,
+    rms_difference,
+)
+from finetune.release.merge import files_that_come_along, write_untied_config
+from finetune.release.merging import make_merging
+from finetune.release.proof import LOGITS_LIMIT, NO_OP_LIMIT, PROBE_TOKENS, load_plain, make_onto
+from finetune.release.proof_files import prove_text
+from finetune.release.source import Source
+from finetune.release.weights import read_tensors
+from finetune.train.trainer import autocast
+
+Exact = Callable[
+    [TensorEntry, torch.Tensor], torch.Tensor
+]  # a stored tensor's tuned values, not yet rounded to 16 bits
+Logits = list[torch.Tensor]
+
+
+def prove_adapter_folder(folder: Path, source: Source) -> list[Proof]:
+    """The folder against the run or adapter it is a copy of, whatever that one changes."""
+    merging = make_merging(source, make_onto(source, "original"))
+
+    def exact(entry: TensorEntry, tensor: torch.Tensor) -> torch.Tensor:
+        change = merging.changes.get(entry.name)
+        return tensor if change is None else round_tuned(tensor, change, dtype=torch.float32)
+
+    probes = probes_of(source)
+    as_run = []
+    for adapter in (source.adapter, folder):
+        with autocast(source.model.device, source.model.dtype):
+            as_run.append(probe_logits(load_adapter(load_base(source.model), adapter), probes))
+    scale, limit = deviation(as_run[0]), logits_limit(source)
+    against = largest_difference(*as_run) / scale
+    return [
+        *prove_text(folder, source),
+        *prove_against_exact(folder, source, merging.entries, exact, named="base + delta"),
+        proof("logits on the run's base against the run's", against, limit),
+    ]
+
+
+def prove_against_exact(
+    folder: Path, source: Source, entries: Sequence[TensorEntry], exact: Exact, *, named: str
+) -> list[Proof]:
+    """Plain PEFT with the folder computes what the base's tensors with these exact values compute, in float32."""
+    probes = probes_of(source)
+    base = layerwise_logits(source, probes, entries=None, exact=lambda entry, tensor: tensor)
+    wanted = layerwise_logits(source, probes, entries=entries, exact=exact)
+    logits = plain_peft_logits(folder, source, probes)
+    effect, missed = rms_difference(wanted, base), rms_difference(logits, wanted)
+    largest = largest_difference(logits, wanted) / deviation(wanted)
+    return [
+        proof(f"logits with plain peft against {named}", largest, logits_limit(source)),
+        proof("no-op", missed / effect if effect else math.inf, NO_OP_LIMIT),
+    ]
+
+
+def probes_of(source: Source) -> list[list[int]]:
+    """Token ids of the probe conversations, not longer than a proof's."""
+    return [ids[:PROBE_TOKENS] for ids in source.probe_ids()]
+
+
+def logits_limit(source: Source) -> float:
+    """How far two computations in float32 may be apart, in standard deviations of the logits."""
+    return LOGITS_LIMIT["F32"] * math.sqrt(source.base.facts.layers)
+
+
+def plain_peft_logits(folder: Path, source: Source, probes: Sequence[list[int]]) -> Logits:
+    """What PEFT computes in float32 with the base as stored."""
+    loaded = load_adapter(load_plain(source.base.facts.folder, source.model.device), folder)
+    return probe_logits(loaded, probes, keep=positions_compared(len(probes), source.base.facts.vocabulary))
+
+
+def layerwise_logits(
+    source: Source, probes: Sequence[list[int]], *, entries: Sequence[TensorEntry] | None, exact: Exact
+) -> Logits:
+    """What the base's model computes in float32 with other values; one layer in memory at a time, without PEFT."""
+
+    def read(wanted: Sequence[TensorEntry]) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
+        for entry, tensor in read_tensors(wanted):
+            yield entry, exact(entry, tensor)
+
+    with described(source.base.facts.folder, entries) as folder:
+        stored = list(read_tensor_entries(source.base.facts.folder)) if entries is None else entries
+        model = LayerwiseModel(folder, entries=stored, read=read, device=source.model.device)
+        passes = probe_passes(probes, vocabulary=source.base.facts.vocabulary)
+        return [found.cpu() for found in model.logits(passes)]
+
+
+@contextmanager
+def described(base_folder: Path, entries: Sequence[TensorEntry] | None) -> Iterator[Path]:
+    """A folder whose config describes these tensors: the base's, or for a head that is no longer tied a copy of it."""
+    if not any(entry.name == HEAD for entry in entries or ()) or any(
+        entry.name == HEAD for entry in read_tensor_entries(base_folder)
+    ):
+        yield base_folder
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file in files_that_come_along(base_folder):
+            shutil.copyfile(file, folder / file.name)
+        write_untied_config(folder / "config.json")
+        yield folder

@@ -1,0 +1,128 @@
+"""Plan a base that is not on this machine: its shape from the table of families, its tokens from the rows' bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune.base import BaseFacts, LinearShape
+from finetune.data.estimate import estimate_facts
+from finetune.data.template import template_without_base
+from finetune.families import Family, Model, Shape, count_parameters, find_family, has_experts
+from finetune.machine import probe_machine
+from finetune.plan import make_plan
+from finetune.recipe import Recipe
+
+# Bytes of English instructions and answers a token: Llama 2 4.2, Mistral 4.3, Llama 3.2 4.9
+# (benchmarks/bytes_per_token.py).
+BYTES_PER_TOKEN, BYTES_PER_TOKEN_LARGE = 4.2, 4.9
+LARGE_VOCABULARY = 65_536
+# Which of ours is nearest in length to a chat variant's own template, by the token that ends its turns.
+NEAREST = {"<|eot_id|>": "llama3", "<|eot|>": "llama3", "<|im_end|>": "chatml", "<|end|>": "zephyr"}
+CHAT_NAMES = ("instruct", "chat", "-it", "vicuna", "distill", "qwen3-", "phi")
+WINDOWED = ("gemma2", "gemma3", "gemma3_text", "llama4", "phi3")  # some layers see a part of the context only
+ESTIMATED = (
+    *("tokens", "supervised_tokens", "passes_per_step", "peak_memory_gib", "disk_gib"),
+    *("data.template", "train.tokens_per_pass"),
+)
+UNKNOWN = ("stop_token_ids", "template_sha256", "straddling_tokens", "truncated_tokens")
+
+
+def plan_unseen(recipe: Recipe, model: Model) -> dict[str, Any]:
+    """The plan of a base known by its published shape only: what is estimated is named, what is unknown is None.
+
+    Raises:
+        UserError: rows that cannot be read, or a recipe that does not go with the base.
+    """
+    facts = table_facts(model, revision=recipe.model.revision)
+    large = facts.vocabulary > LARGE_VOCABULARY
+    asked = recipe.data.template
+    template = template_without_base(
+        _nearest_template(model) if asked == "auto" else asked,
+        bos_token="<s>",
+        eos_token=find_family(model.family).stop_tokens[-1],
+        date=recipe.data.date,
+    )
+    per_token = BYTES_PER_TOKEN_LARGE if large else BYTES_PER_TOKEN
+    data = estimate_facts(recipe.data, template, bytes_per_token=per_token)
+    rows = {token: row for row, token in enumerate(recipe.adapter.train_tokens)}  # which ones is not known here
+    values = make_plan(recipe, probe_machine(), facts, data, token_ids=rows).to_json()
+    return values | dict.fromkeys(UNKNOWN) | {"estimated": list(ESTIMATED)}
+
+
+def table_facts(model: Model, *, revision: str | None = None) -> BaseFacts:
+    """A base's facts from its published shape, stored in 16 bits."""
+    family, shape = find_family(model.family), model.shape
+    parameters = count_parameters(shape)
+    return BaseFacts(
+        base=model.id,
+        revision=revision,
+        folder=Path(model.id),
+        model_type=family.model_type,
+        layers=shape.layers + shape.cross_layers,
+        hidden_size=shape.hidden,
+        vocabulary=shape.vocabulary,
+        context_tokens=model.context_tokens or family.context_tokens,
+        tied_embeddings=shape.tied,
+        stored_dtype="BF16",
+        parameters=parameters,
+        stored_bytes=2 * parameters,
+        linears=tuple(linears(shape, family)),
+        isolates_by_documents=family.model_type not in WINDOWED,
+    )
+
+
+def linears(shape: Shape, family: Family) -> Iterator[LinearShape]:
+    """The linear modules that an adapter can target, as a base's files would name them; experts are none."""
+    queries, keys = shape.heads * shape.head, shape.key_value_heads * shape.head
+    for layer in range(shape.layers):
+        at = f"model.layers.{layer}"
+        yield from _attention(shape, f"{at}.self_attn", queries, keys, fused=family.model_type == "phi3")
+        if has_experts(shape, layer):
+            if shape.experts and shape.experts.shared_intermediate:
+                yield from _mlp(shape, f"{at}.mlp.shared_experts", shape.experts.shared_intermediate)
+        elif family.model_type == "phi3":
+            yield LinearShape(f"{at}.mlp.gate_up_proj", 2 * shape.intermediate, shape.hidden)
+            yield LinearShape(f"{at}.mlp.down_proj", shape.hidden, shape.intermediate)
+        else:
+            yield from _mlp(shape, f"{at}.mlp", shape.intermediate)
+    for layer in range(shape.layers, shape.layers + shape.cross_layers):
+        yield from _attention(shape, f"model.layers.{layer}.cross_attn", queries, keys, fused=False)
+        yield from _mlp(shape, f"model.layers.{layer}.mlp", shape.intermediate)
+
+
+def _attention(shape: Shape, at: str, queries: int, keys: int, *, fused: bool) -> Iterator[LinearShape]:
+    if latent := shape.latent:
+        query_outputs = shape.heads * (latent.no_rope_size + latent.rope_size)
+        if latent.query_rank:
+            yield LinearShape(f"{at}.q_a_proj", latent.query_rank, shape.hidden)
+            yield LinearShape(f"{at}.q_b_proj", query_outputs, latent.query_rank)
+        else:
+            yield LinearShape(f"{at}.q_proj", query_outputs, shape.hidden)
+        expanded = shape.heads * (latent.no_rope_size + latent.value_size)
+        yield LinearShape(f"{at}.kv_a_proj_with_mqa", latent.key_value_rank + latent.rope_size, shape.hidden)
+        yield LinearShape(f"{at}.kv_b_proj", expanded, latent.key_value_rank)
+        yield LinearShape(f"{at}.o_proj", shape.hidden, shape.heads * latent.value_size)
+        return
+    if fused:
+        yield LinearShape(f"{at}.qkv_proj", queries + 2 * keys, shape.hidden)
+    else:
+        yield LinearShape(f"{at}.q_proj", queries, shape.hidden)
+        yield LinearShape(f"{at}.k_proj", keys, shape.hidden)
+        yield LinearShape(f"{at}.v_proj", keys, shape.hidden)
+    yield LinearShape(f"{at}.o_proj", shape.hidden, queries)
+
+
+def _mlp(shape: Shape, at: str, intermediate: int) -> Iterator[LinearShape]:
+    yield LinearShape(f"{at}.gate_proj", intermediate, shape.hidden)
+    yield LinearShape(f"{at}.up_proj", intermediate, shape.hidden)
+    yield LinearShape(f"{at}.down_proj", shape.hidden, intermediate)
+
+
+def _nearest_template(model: Model) -> str:
+    """The template that `auto` would find, or the one of ours that is nearest to it in length."""
+    family = find_family(model.family)
+    if not any(word in model.id.lower() for word in CHAT_NAMES):
+        return "alpaca"
+    return NEAREST.get(family.stop_tokens[0], "chatml") if family.template == "own" else family.template

@@ -1,0 +1,110 @@
+"""Whose code may run: nobody's, except the very bytes that the command line names."""
+
+from __future__ import annotations
+
+import json
+import re
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import UserError
+from finetune.trust import allow_foreign_code, allowed_commit, check_foreign_code, is_trusted
+from tests.conftest import POCKET
+from tests.security.attacks import base, code
+from tests.security.conftest import Act
+
+MODEL = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class C(LlamaConfig):
+    model_type = "own"
+class M(LlamaForCausalLM):
+    config_class = C
+"""
+MAP = {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_allowed_afterwards():
+    yield
+    allow_foreign_code(None)
+
+
+def own(folder: Path, marker: Path) -> Path:
+    base(folder, config=MAP)
+    (folder / "own.py").write_text(code(marker) + MODEL)
+    return folder
+
+
+def test_the_refusal_says_what_to_type_and_that_works(tmp_path: Path, act: Act) -> None:
+    folder, marker = own(tmp_path / "base", tmp_path / "EXECUTED"), tmp_path / "EXECUTED"
+    typed = ["generate", str(folder), "--raw", "--prompt", "x", "--max-new-tokens", "2"]
+    refused = act("command_line", tmp_path, typed=typed)
+    assert refused["code"] == 2
+    assert not marker.exists()
+    (permission,) = re.findall(r"--trust-remote-code (\S+);", refused["text"])
+    content = (folder / "own.py").read_bytes()
+    assert (
+        permission
+        == f"{folder}@{sha256(b'own.py' + f'{chr(10)}{len(content)}{chr(10)}'.encode() + content).hexdigest()}"
+    )
+    done = act("command_line", tmp_path, typed=[*typed, "--trust-remote-code", permission])
+    assert done["code"] == 0, done["text"]
+    assert marker.exists()
+
+
+def test_other_bytes_another_folder_and_another_pin_are_refused(tmp_path: Path) -> None:
+    folder = own(tmp_path / "base", tmp_path / "x")
+    with pytest.raises(UserError) as caught:
+        check_foreign_code(str(folder), folder)
+    (permission,) = re.findall(r"--trust-remote-code (\S+);", str(caught.value))
+    allow_foreign_code(permission)
+    check_foreign_code(str(folder), folder)
+    assert is_trusted(folder)
+    (folder / "own.py").write_text("# changed\n")
+    assert not is_trusted(folder)
+    for wrong in (permission[:-1] + ("0" if permission[-1] != "0" else "1"), permission.replace("base@", "other@")):
+        allow_foreign_code(wrong)
+        with pytest.raises(UserError, match=r"asks for Python code of its own \(auto_map\)"):
+            check_foreign_code(str(folder), folder)
+    assert not is_trusted(folder)
+
+
+def test_a_repository_is_allowed_at_one_commit_only(tmp_path: Path) -> None:
+    commit, other = "a" * 40, "b" * 40
+    for each in (commit, other):
+        own(tmp_path / "snapshots" / each, tmp_path / "x")
+        (tmp_path / "snapshots" / each / "own.py").write_text(MODEL + f"# {each}")
+    allow_foreign_code(f"org/name@{commit}")
+    assert (allowed_commit("org/name"), allowed_commit("org/another")) == (commit, None)
+    check_foreign_code("org/name", tmp_path / "snapshots" / commit)
+    assert is_trusted(tmp_path / "snapshots" / commit)
+    with pytest.raises(UserError, match=f"--trust-remote-code org/name@{other}"):
+        check_foreign_code("org/name", tmp_path / "snapshots" / other)
+    allow_foreign_code(f"org/name@{commit}")
+    with pytest.raises(UserError, match=f"--trust-remote-code org/another@{commit}"):
+        check_foreign_code("org/another", tmp_path / "snapshots" / commit)
+    assert not is_trusted(tmp_path / "snapshots" / other)
+
+
+@pytest.mark.parametrize(
+    "text", ["x", "org/name", "org/name@main", "org/name@abc", "@" + "a" * 40, "org/name@" + "A" * 40, ""]
+)
+def test_what_pins_nothing_is_no_permission(text: str) -> None:
+    with pytest.raises(UserError, match="names no code; write REPO@<commit, 40 hex digits>"):
+        allow_foreign_code(text)
+
+
+def test_a_permission_never_comes_from_a_file(tmp_path: Path) -> None:
+    folder = own(tmp_path / "base", tmp_path / "x")
+    for name in ("plan.json", "lock.json", "recipe.yaml", "finetune.json"):
+        (folder / name).write_text(json.dumps({"foreign_code": {"x": "y"}, "trust_remote_code": True}))
+    with pytest.raises(UserError):
+        check_foreign_code(str(folder), folder)
+    check_foreign_code("builtin:pocket-llama", POCKET)
+    assert not is_trusted(POCKET)
+
+
+def test_no_library_can_fetch_a_kernel(tmp_path: Path, act: Act) -> None:
+    assert act("kernels", tmp_path)["text"] == f"False None {tmp_path}"
