@@ -22,13 +22,12 @@ QUANTIZATIONS = ("none", "nf4")
 
 
 def rehearse_family(kind: str, quantization: str, folder: Path) -> dict[str, Any]:
-    """How the rehearsal of an architecture's twin ends: its state, problems, failed proofs, notes and seconds."""
+    """How the rehearsal of an architecture's twin ends: its state, problems, number of proofs, and notes."""
     from transformers import AutoTokenizer
 
-    from finetune.base import read_base
-    from finetune.errors import FinetuneError
     from finetune.recipe import load_recipe
-    from finetune.rehearsal import rehearse
+    from finetune.rehearsal import twin_recipe
+    from finetune.rehearse import carry_out
     from finetune.twin import make_twin
     from tests.conftest import POCKET, alpaca_rows, write_recipe
     from tests.test_families import published_config
@@ -39,20 +38,24 @@ def rehearse_family(kind: str, quantization: str, folder: Path) -> dict[str, Any
     make_twin(folder / "published", folder / "base", stored_dtype="BF16")
     settings = {"model__quantization": quantization, "model__dtype": "float32"}
     recipe = load_recipe(write_recipe(folder, folder / "base", alpaca_rows(20), **settings))
-    try:
-        done = rehearse(recipe, read_base(str(folder / "base")))
-    except FinetuneError as error:
-        return {"state": "failed", "problems": [str(problem) for problem in error.problems]}
-    broken = [proof for proof in done.proofs if proof["limit"] is not None and not proof["value"] <= proof["limit"]]
-    problems = [str(problem).replace(f"{folder}/", "") for problem in done.problems]
-    state = "failed" if broken else done.state
-    return {
-        "state": state,
-        "problems": problems + [f"{proof['name']}: {proof['value']}, at most {proof['limit']}" for proof in broken],
-        "proofs": len(done.proofs),
-        "notes": list(done.notes),
-        "seconds": dict(done.seconds),
-    }
+    work = folder / "work"
+    work.mkdir()
+    (work / "recipe.json").write_text(json.dumps(twin_recipe(recipe, work)), encoding="utf-8")
+    _prove_in_this_process()
+    done = carry_out(work / "recipe.json", folder / "base", "BF16", work)
+    broken = [proof for proof in done["proofs"] if proof["limit"] is not None and not proof["value"] <= proof["limit"]]
+    problems = [f"{each['where']}: {each['message']}".replace(f"{folder}/", "") for each in done["problems"]]
+    problems += [f"{proof['name']}: {proof['value']}, at most {proof['limit']}" for proof in broken]
+    state = "failed" if problems else "done"
+    return {"state": state, "problems": problems, "proofs": len(done["proofs"]), "notes": done["notes"]}
+
+
+def _prove_in_this_process() -> None:
+    """From the disk all the same, but without a fresh process for each, which imports torch anew."""
+    from finetune.release import export, export_proof, merge, proof
+
+    merge.prove_in_fresh_process = lambda pairs: [proof.prove(*pair) for pair in pairs]
+    export.prove_in_fresh_process = lambda folder, against: list(export_proof.prove_export(folder, against))
 
 
 def main() -> None:

@@ -40,6 +40,8 @@ from finetune.base import read_tensor_entries, sha256_of  # noqa: E402
 from finetune.errors import FinetuneError  # noqa: E402
 from finetune.release import export as export_file  # noqa: E402
 from finetune.release import merge as merge_file  # noqa: E402
+from finetune.release import verify as verify_file  # noqa: E402
+from finetune.release.export_proof import prove_export  # noqa: E402
 from finetune.release.fresh import Proof  # noqa: E402
 from finetune.release.proof import prove  # noqa: E402
 from finetune.release.verify import verify  # noqa: E402
@@ -218,12 +220,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--proof-seconds", type=float, default=8.0, help="how long after its begin a proof is killed")
-    parser.add_argument("--proof-here", action="store_true", help="prove merges in the same process: faster")
+    parser.add_argument("--proof-here", action="store_true", help="prove in the same process: faster")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     if arguments.proof_here:
-        merge_file.prove_in_fresh_process = prove_here  # type: ignore[assignment]
+        merge_file.prove_in_fresh_process = verify_file.prove_in_fresh_process = prove_here  # type: ignore[assignment]
+        vars(export_file)["prove_in_fresh_process"] = vars(verify_file)["prove_export_in_fresh_process"] = prove_export
     folder = arguments.folder / "merge_kills"
     shutil.rmtree(folder, ignore_errors=True)
     try:

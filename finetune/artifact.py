@@ -37,7 +37,7 @@ LIBRARIES = (
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 LOCK = ".running"  # finetune/run_lock.py
-BEFORE_A_PLAN = {LOCK, "recipe.yaml", "lock.json", ".lock.json.partial", ".plan.json.partial"}
+BEFORE_A_PLAN = {LOCK, "exit.json", "recipe.yaml", "lock.json", ".lock.json.partial", ".plan.json.partial"}
 
 
 @dataclass(frozen=True)

@@ -261,7 +261,7 @@ def evaluate(
 
 @app.command()
 def merge(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="A finished run folder or adapter; or several.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="A finished run folder or an adapter; or several.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The release folder to write.")],
     onto: Annotated[
         str, typer.Option("--onto", metavar="auto|original|dequantized", help="The weights the adapter is folded into.")

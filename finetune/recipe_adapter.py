@@ -25,6 +25,7 @@ KEYS_OF: dict[str, set[str]] = {
     "vera": {"rank", "dropout"},
     "oft": {"block_size"},
 }
+TWIN_RANK = 8  # a start from the base takes no more directions than the smallest linear has
 OWN_KEYS = set.union(*KEYS_OF.values())
 
 VIRTUAL = (
@@ -129,6 +130,26 @@ class AdapterSection(Section):
     def idle_keys(self) -> frozenset[str]:
         """The keys of other methods, which decide nothing here."""
         return frozenset(OWN_KEYS - KEYS_OF[self.method])
+
+    def for_a_twin(self) -> dict[str, Any]:
+        """The section for a small copy of the base: no layer numbers, no adapter of another size, ranks that fit."""
+        given = self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        twin = {key: value for key, value in given.items() if key not in ("layers", "from")}
+        for key in ("rank_by", "alpha_by"):
+            twin |= {key: _without_numbers(twin[key])} if twin.get(key) else {}
+        if self.start != "default":
+            twin["rank"] = min(self.rank, TWIN_RANK)
+            twin |= {"rank_by": dict.fromkeys(twin["rank_by"], TWIN_RANK)} if twin.get("rank_by") else {}
+        return twin
+
+    def twin_learning_rate(self, asked: float) -> float:
+        """A rate at which a few steps move the vectors of ia3 and vera by more than a rounding to 16 bits."""
+        return max(asked, 0.05) if self.method in ("ia3", "vera") else asked
+
+
+def _without_numbers(patterns: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that name no layer."""
+    return {pattern: value for pattern, value in patterns.items() if not any(map(str.isdigit, pattern))}
 
 
 def keys_of_other_methods(section: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -81,7 +81,7 @@ def twin_recipe(recipe: Recipe, work: Path) -> dict[str, Any]:
     """The recipe on a twin: its own first rows, adapter, quantisation, optimizer and schedule, in four steps."""
     values: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
     values["model"] |= {"base": str(work / "base"), "revision": None}
-    values.get("adapter", {}).pop("from", None)  # of the base's own size
+    values["adapter"] = recipe.adapter.for_a_twin()
     data, train = values["data"], values.setdefault("train", {})
     sources = [source.model_dump(mode="json") for source in recipe.data.sources]
     data["train"] = [{**source, "rows": min(source["rows"] or ROWS, ROWS)} for source in sources]
@@ -94,6 +94,7 @@ def twin_recipe(recipe: Recipe, work: Path) -> dict[str, Any]:
     data["drop"] = sorted({*recipe.data.drop, *REASONS})
     train.pop("epochs", None)
     train |= {"max_steps": STEPS, "batch_size": min(recipe.train.batch_size, EXAMPLES)}
+    train["learning_rate"] = recipe.adapter.twin_learning_rate(recipe.train.learning_rate)
     if isinstance(recipe.train.warmup, int):
         train["warmup"] = min(recipe.train.warmup, 1)
     values["evaluate"] = {"every_steps": SAVED_AT}

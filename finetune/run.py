@@ -10,10 +10,11 @@ from pathlib import Path
 from finetune.artifact import RunFolder, open_run_folder, refuse_unusable
 from finetune.data.cached import Progress
 from finetune.disk import refuse_full_disk
-from finetune.errors import FinetuneError, Problem, UserError
-from finetune.machine import launched_rank
+from finetune.errors import FinetuneError, OutOfMemoryError, Problem, UserError
+from finetune.machine import launched_rank, probe_machine
+from finetune.plan import memory_problem
 from finetune.resolve import Resolved, resolve
-from finetune.run_lock import only_run_in
+from finetune.run_lock import LOCK, only_run_in
 from finetune.stop import Stopped, StopSignal
 from finetune.train.memory import out_of_memory_told
 from finetune.train.ranks import Ranks, joined_ranks, note_exit
@@ -39,6 +40,7 @@ def run(  # noqa: PLR0913 - what the command line can say
 
     Raises:
         UserError, NumericsError: see the stages; nothing is written before the plan is resolved.
+        OutOfMemoryError: the plan needs more memory than the machine has.
         Stopped: `stop` has got a signal; what was trained is saved.
     """
     _refuse_unknown_changes(allow_change)
@@ -47,6 +49,7 @@ def run(  # noqa: PLR0913 - what the command line can say
         resolved = ranks.first_alone(lambda: _resolve(recipe_path, overrides, out, reading))
         resolved = resolved or _resolve(recipe_path, overrides, out)  # finds the rows where the first rank put them
         folder = RunFolder(resolved.plan.run_folder)
+        ranks.first_alone(lambda: _refuse_too_large(resolved))
         ranks.first_alone(lambda: _hold(held, resolved, resume=resume))
         with _exit_noted(folder, ranks, stop):
             ranks.first_alone(
@@ -95,9 +98,20 @@ def _resolve(recipe_path: Path, overrides: Sequence[str], out: Path | None, read
         return resolve(recipe_path, overrides, out=out, progress=progress)
 
 
+def _refuse_too_large(resolved: Resolved) -> None:
+    if problem := memory_problem(resolved.plan, probe_machine()):
+        raise OutOfMemoryError(problem)
+
+
 def _hold(held: ExitStack, resolved: Resolved, *, resume: bool) -> None:
+    """The folder for us alone. Where a run was before, whether one is at work there comes first of all."""
+    folder = resolved.plan.run_folder
+    was_held = (folder / LOCK).exists()
+    if was_held:
+        held.enter_context(only_run_in(folder))
     refuse_unusable(resolved.plan, resume=resume)
-    held.enter_context(only_run_in(resolved.plan.run_folder))
+    if not was_held:
+        held.enter_context(only_run_in(folder))
 
 
 @contextmanager

@@ -114,9 +114,9 @@ def randomise_(model: PreTrainedModel, *, hidden: int) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim < 2:
-                low, high = (0.5, 1.5) if "norm" in name and not name.endswith("bias") else (-0.3, 0.3)
-                parameter.uniform_(low, high, generator=generator)
+            if parameter.ndim < 2:  # around where it begins: Gemma stores the norms as what they differ from 1
+                most = 0.5 if "norm" in name and not name.endswith("bias") else 0.3
+                parameter.add_(torch.empty_like(parameter).uniform_(-most, most, generator=generator))
             else:
                 scale = ROUTER_SCALE if name.endswith(ROUTERS) else 0.8
                 parameter.normal_(0, scale / math.sqrt(hidden), generator=generator)

@@ -151,12 +151,12 @@ CONFIGS: dict[str, tuple[str, str, Any]] = {
 
 
 def published_config(kind: str, tokenizer: Any) -> Any:
-    """The first published config of an architecture, told how many tokens this tokenizer has."""
+    """The first published config of an architecture, with some embeddings more than this tokenizer has tokens."""
     model = next(model for model in MODELS if find_family(model.family).model_type == kind)
     config_class, model_class, arguments = CONFIGS[kind]
     values = arguments(model.shape)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
-    values.get("text_config", values).update(ids | {"vocab_size": len(tokenizer)})
+    values.get("text_config", values).update(ids | {"vocab_size": len(tokenizer) + 64})
     config = getattr(transformers, config_class)(**values)
     config.architectures = [model_class]
     return config

@@ -11,11 +11,12 @@ import pytest
 
 from finetune.base import read_base
 from finetune.data.prepare import prepare_data
-from finetune.errors import UserError
+from finetune.errors import OutOfMemoryError, UserError
 from finetune.machine import Machine
 from finetune.plan import Plan, count_trainable, make_plan, memory_problem
 from finetune.recipe import Recipe, load_recipe
-from tests.conftest import POCKET, alpaca_rows
+from finetune.run import run
+from tests.conftest import POCKET, alpaca_rows, write_recipe
 
 CPU = Machine("cpu", "a laptop", 2, 16.0, 16.0, computes_bfloat16=True)
 GPU = Machine("cuda", "a GPU", 8, 64.0, 24.0, computes_bfloat16=True)
@@ -223,6 +224,15 @@ def test_a_run_over_the_memory_has_a_problem(here: Path) -> None:
     told = str(memory_problem(plan_of(), replace(CPU, device_memory_gib=0.5, device_name="a toaster")))
     assert told.startswith("memory: about ")
     assert "a toaster has 0.5 GiB; lower train.tokens_per_pass (now 2048), set train.recompute: all" in told
+
+
+def test_a_run_over_the_memory_ends_before_it_writes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toaster = replace(CPU, device_memory_gib=0.5, device_name="a toaster")
+    monkeypatch.setattr("finetune.run.probe_machine", lambda: toaster)
+    recipe = write_recipe(here / "large", POCKET, alpaca_rows(4))
+    with pytest.raises(OutOfMemoryError, match="a toaster has 0.5 GiB"):
+        run(recipe)
+    assert not (here / "large" / "run").exists()
 
 
 def test_recomputation_and_smaller_passes_need_less_memory(here: Path) -> None:

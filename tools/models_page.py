@@ -37,10 +37,10 @@ PROVEN = """
 
 Parameters: the closed form of `finetune/families.py` equals the count of transformers' own modules, for every model
 below (`tests/test_families.py`). The other columns are the rehearsal of a small twin (`benchmarks/families.py`): random
-weights in the proportions of the published config, four steps, stopped and resumed bit by bit, merged, reloaded in a
-fresh process and compared with base + adapter, exported as GGUF where that is written for the architecture. More types,
-methods and ways to store a base: `tests/release/test_families.py`. A twin shows that every stage handles the
-architecture; it says nothing about how well a published model learns.
+weights in the proportions of the published config, stored in bfloat16, four steps, stopped and resumed bit by bit,
+merged, reloaded from the disk and compared with base + adapter, exported as GGUF where that is written for the
+architecture. More types, methods and ways to store a base: `tests/release/test_families.py`. A twin shows that every
+stage handles the architecture; it says nothing about how well a published model learns.
 """
 MODELS_HEAD = """
 ## Every model of the table
@@ -101,7 +101,7 @@ def _ending(found: Mapping[str, Any]) -> str:
 
 
 def _gguf(found: Mapping[str, Any]) -> str:
-    if "gguf" not in found.get("seconds", {}):
+    if found.get("state") != "done":
         return "-"
     return "no" if any(note.startswith("no GGUF") for note in found["notes"]) else "proven"
 

@@ -32,7 +32,9 @@ def start_two(stage: Stage, case: Case, pause: float, *, resume: bool) -> tuple[
     if codes != [0, 2] or has_traceback(ended):
         return f"exits {codes}: {last_line(ended)}", False
     refused = next(each for each in ended if each.code == 2)
-    if "another run is at work in it" not in refused.err:
+    # Without --resume it may see the run before it sees who is at work in it.
+    reason = next((words for words in ("another run is at work", "an unfinished run") if words in refused.err), None)
+    if reason is None:
         return f"exit 2 for another reason: {last_line([refused])}", False
     found = difference(folder, case.straight)
-    return (f"disturbed: {found}", False) if found else ("one trained, the other exit 2", True)
+    return (f"disturbed: {found}", False) if found else (f"one trained, the other exit 2 ({reason})", True)

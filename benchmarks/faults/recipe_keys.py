@@ -22,7 +22,7 @@ OTHER: dict[str, Any] = {
     "version": 2, "name": "another", "seed": 5, "model.base": "BASE2", "model.revision": "main",
     "model.quantization": "nf4", "model.dtype": "bfloat16", "adapter.method": "dora", "adapter.rank": 2,
     "adapter.alpha": 4, "adapter.dropout": 0.2, "adapter.targets": ["v_proj"], "adapter.layers": [0],
-    "adapter.rank_by": {"v_proj": 2}, "adapter.alpha_by": {"v_proj": 2}, "adapter.init": "gaussian",
+    "adapter.rank_by": {"v_proj": 2}, "adapter.alpha_by": {"v_proj": 2}, "adapter.start": "olora",
     "adapter.learning_rate_ratio": 4.0, "adapter.block_size": 2, "adapter.train_tokens": ["<s>"],
     "adapter.also_train": ["norm"], "adapter.from": "ADAPTER",
     "data.train": "ROWS", "data.eval": 2, "data.format": "alpaca", "data.template": "none",

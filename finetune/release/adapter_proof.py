@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from finetune.base import TensorEntry, read_tensor_entries
+from finetune.base import TensorEntry
 from finetune.model.adapter import load_adapter
 from finetune.model.load import load_base
-from finetune.release.changes import HEAD
 from finetune.release.delta import round_tuned
 from finetune.release.fresh import Proof, proof
 from finetune.release.layerwise import LayerwiseModel
@@ -26,7 +22,6 @@ from finetune.release.measure import (
     probe_passes,
     rms_difference,
 )
-from finetune.release.merge import files_that_come_along, write_untied_config
 from finetune.release.merging import make_merging
 from finetune.release.proof import LOGITS_LIMIT, NO_OP_LIMIT, PROBE_TOKENS, load_plain, make_onto
 from finetune.release.proof_files import prove_text
@@ -103,24 +98,6 @@ def layerwise_logits(
         for entry, tensor in read_tensors(wanted):
             yield entry, exact(entry, tensor)
 
-    with described(source.base.facts.folder, entries) as folder:
-        stored = list(read_tensor_entries(source.base.facts.folder)) if entries is None else entries
-        model = LayerwiseModel(folder, entries=stored, read=read, device=source.model.device)
-        passes = probe_passes(probes, vocabulary=source.base.facts.vocabulary)
-        return [found.cpu() for found in model.logits(passes)]
-
-
-@contextmanager
-def described(base_folder: Path, entries: Sequence[TensorEntry] | None) -> Iterator[Path]:
-    """A folder whose config describes these tensors: the base's, or for a head that is no longer tied a copy of it."""
-    if not any(entry.name == HEAD for entry in entries or ()) or any(
-        entry.name == HEAD for entry in read_tensor_entries(base_folder)
-    ):
-        yield base_folder
-        return
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for file in files_that_come_along(base_folder):
-            shutil.copyfile(file, folder / file.name)
-        write_untied_config(folder / "config.json")
-        yield folder
+    # A head among the entries is the head's, whether or not the base's config says that it is tied.
+    model = LayerwiseModel(source.base.facts.folder, entries=entries, read=read, device=source.model.device)
+    return [found.cpu() for found in model.logits(probe_passes(probes, vocabulary=source.base.facts.vocabulary))]

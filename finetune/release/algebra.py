@@ -20,7 +20,7 @@ from finetune.release.changes import EMBEDDING, HEAD, read_changes, release_entr
 from finetune.release.delta import Change, Delta, Onto, one_thread, round_to, tuned_blocks
 from finetune.release.source import Source
 
-DEFAULT_DENSITY = {"ties": 0.2, "dare": 0.5}  # TIES: arXiv:2306.01708, section 5; DARE: our choice
+DEFAULT_DENSITY = {"ties": 0.2, "dare": 0.5}  # TIES: a fifth, as arXiv:2306.01708; DARE: our choice
 DEFAULT_SEED = 17
 
 
@@ -168,7 +168,7 @@ def _ties(deltas: Sequence[torch.Tensor], formula: Formula, name: str) -> torch.
     elected = torch.stack(trimmed).sum(dim=0).sign_()
     total, agreeing = torch.zeros_like(elected), torch.zeros_like(elected)
     for delta in trimmed:
-        agrees = (delta.sign() == elected) & (elected != 0)
+        agrees = delta.sign() == elected
         total.add_(delta.where(agrees, torch.zeros_like(delta)))
         agreeing.add_(agrees)
     return total.div_(agreeing.clamp_(min=1))
@@ -182,7 +182,7 @@ def _trim(delta: torch.Tensor, density: float) -> torch.Tensor:
 
 
 def _dare(deltas: Sequence[torch.Tensor], formula: Formula, name: str) -> torch.Tensor:
-    """Drop elements at random, divide the others by the share that stays (arXiv:2311.03099, section 3.2), then add."""
+    """Drop elements at random, divide the others by the share that stays (arXiv:2311.03099), then add."""
     assert formula.density is not None
     assert formula.seed is not None
     total = torch.zeros_like(deltas[0])

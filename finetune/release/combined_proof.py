@@ -177,7 +177,7 @@ def ties(deltas: Sequence[Array], formula: Formula, name: str) -> Array:
 
 
 def dare(deltas: Sequence[Array], formula: Formula, name: str) -> Array:
-    """arXiv:2311.03099, section 3.2: 53 random bits a number say whether an element stays; those are divided."""
+    """arXiv:2311.03099: 53 random bits a number say whether an element stays; those are divided."""
     assert formula.density is not None
     assert formula.seed is not None
     total = np.zeros(deltas[0].shape)

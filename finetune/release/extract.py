@@ -175,7 +175,7 @@ def low_rank(delta_OI: torch.Tensor, rank: int) -> Pair:
     """The nearest product B A of this rank, float32: U sqrt(S) and sqrt(S) V^T of the largest singular values."""
     dtype = torch.float64 if min(delta_OI.shape) <= SMALL else torch.float32
     left_OK, sizes_K, right_KI = torch.linalg.svd(delta_OI.to(dtype), full_matrices=False)
-    kept = min(rank, len(sizes_K)) - 1
+    kept = min(rank, len(sizes_K))
     roots_R = sizes_K[:kept].sqrt()
     return (roots_R[:, None] * right_KI[:kept]).float(), (left_OK[:, :kept] * roots_R).float()
 

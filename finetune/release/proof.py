@@ -41,7 +41,8 @@ GREEDY_PROMPTS = 5
 # Both are for one layer and grow with the root of the layers: each is rounded independently, so that errors add like a
 # random walk. Two and a half to three times what random two-layer models of every family give over several seeds;
 # Gemma 3 gives most (largest: float32 2.0e-5, float16 2.0e-2, bfloat16 0.11; root mean square: 1.1e-3, 8.6e-3), a LLaMA
-# a half to a fourth of it. Trained models lie lower (stories260K, float32: 2e-6; five layers in bfloat16: 7e-3).
+# a half to a fourth of it; a layer left out, another run's adapter or alpha for alpha / rank move them by 1 and 0.2 or
+# more. Trained models lie lower (stories260K, float32: 2e-6; five layers in bfloat16: 7e-3).
 LOGITS_LIMIT = {"F32": 5e-5, "F16": 5e-2, "BF16": 0.3}
 RMS_LIMIT = {"F16": 3e-3, "BF16": 2.5e-2}
 # In float32, where it is summation order as much as rounding: what the sum is worth whatever the model's depth.
@@ -50,8 +51,8 @@ RMS_LIMIT_F32 = 1e-5
 # turns some tokens to other experts (random models of four experts, bfloat16: up to 1.1e-3).
 DIVERGENCE_LIMIT, FREE_DIVERGENCE_LIMIT = 1e-3, 1e-2
 # Candidates of a router that rounding may turn, as a share of all, and how far the other choice may lead, in standard
-# deviations of what the router rates by; both grow with the root of the layers. Three to four times what random models
-# of four and eight experts give (bfloat16: 5.6e-3 and 1.4e-2; float32: none).
+# deviations of what the router rates by; both grow with the root of the layers. Two and a half to four times what
+# random models of four and eight experts give (bfloat16: 8e-3 and 1.4e-2; float32: none).
 OTHERS_LIMIT = {"F32": 5e-4, "F16": 2.5e-3, "BF16": 0.02}
 LEAD_LIMIT = {"F32": 1e-5, "F16": 6e-3, "BF16": 0.05}
 # Distance to base + adapter in units of what the adapter changes, root mean square: a merge that does nothing gives 1,

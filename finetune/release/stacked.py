@@ -40,7 +40,11 @@ def read_plain(source: Source) -> dict[str, Delta]:
         UserError: there is something else.
         StorageError: a damaged file.
     """
-    deltas = read_deltas(source.adapter)
+    try:
+        deltas = read_deltas(source.adapter)
+    except UserError as error:
+        cure = Problem("--as", "only plain LoRAs become one adapter; leave it out to get a merged model")
+        raise UserError([*error.problems, cure]) from error
     message = "has a trained magnitude (DoRA), which no LoRA can hold; leave --as adapter out"
     raise_problems(Problem(f"{source.path}: {name}", message) for name, delta in deltas.items() if not is_plain(delta))
     return deltas

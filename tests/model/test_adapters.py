@@ -21,6 +21,7 @@ from finetune.errors import UserError
 from finetune.model.adapter import attach_adapter, stored_tensors
 from finetune.model.load import load_base
 from finetune.plan import Plan
+from finetune.recipe import load_recipe
 from finetune.release.proof import prove
 from finetune.resolve import resolve
 from finetune.run import run
@@ -411,3 +412,19 @@ def test_an_adapter_of_another_shape_is_no_start(
     other = recipe_for(tmp_path, tiny_base, LORA | change | {"from": str(earlier)}, "none")
     with pytest.raises(UserError, match=r"adapter\.from: .* has .*, the recipe asks for"):
         attached(resolve(other).plan)
+
+
+def test_a_section_for_a_small_twin_names_no_layer_and_fits_it(tiny_base: Path, tmp_path: Path) -> None:
+    """The rehearsal of `finetune check` trains two layers of a small width, whatever the base has."""
+    section = {
+        "rank": 512,
+        "start": "pissa",
+        "layers": "20-31",
+        "rank_by": {"layers.30.mlp.up_proj": 9, "down_proj": 300},
+        "alpha_by": {"k_proj": 3},
+        "from": "x",
+    }
+    recipe = load_recipe(recipe_for(tmp_path, tiny_base, section, "none"))
+    small = recipe.adapter.for_a_twin()
+    assert small == {"rank": 8, "start": "pissa", "rank_by": {"down_proj": 8}, "alpha_by": {"k_proj": 3}}
+    assert resolve(recipe_for(tmp_path / "twin", tiny_base, small, "none")).plan.trainable_parameters == low_rank(8)

@@ -36,6 +36,7 @@ from finetune.release.manifest import MANIFEST
 from finetune.release.verify import verify
 from tests.release.runs import copy_release, describe_again, random_run, unproven_release
 
+pytestmark = pytest.mark.xdist_group("algebra")  # one worker makes the runs, not each
 COMBINED_IN_FRESH_PROCESS = combined_file.prove_combined_in_fresh_process
 EXTRACTED_IN_FRESH_PROCESS = extract_file.prove_extracted_in_fresh_process
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -233,10 +234,16 @@ def test_adapters_of_all_kinds_combine_and_a_tied_head_comes_loose(tmp_path: Pat
     done = merge_combined(
         [made.path, tmp_path / "head", tmp_path / "rows"], formula("linear", 1, 0.5, 0.25), out=tmp_path / "out"
     )
+    with pytest.raises(UserError, match="only plain LoRAs become one adapter"):
+        merge_combined([tmp_path / "head"], formula("cat", 1), out=tmp_path / "cat", form="adapter")
+    with pytest.raises(UserError, match="DoRA"):
+        merge_combined([made.path], formula("cat", 1), out=tmp_path / "cat", form="adapter")
     found, embedding = stored(done.out), base["model.embed_tokens.weight"]
     wanted = embedding + 0.5 * (head.double().numpy() - embedding)
     wanted[[3, 7]] += 0.25 * (rows.double().numpy() - embedding[[3, 7]])
     assert np.abs(found["lm_head.weight"] - wanted).max() < 1e-7
+    alone = stored(unproven_release(tmp_path / "alone", made, "original"))
+    assert np.array_equal(found[DOWN], alone[DOWN])  # only the first run changes it, with weight 1
     assert not np.array_equal(found[DOWN], base[DOWN])
     assert np.array_equal(np.delete(found["model.embed_tokens.weight"], [3, 7], 0), np.delete(embedding, [3, 7], 0))
 

@@ -315,6 +315,20 @@ def test_the_loss_on_the_runs_rows_is_recorded(tmp_path, place):
         assert proofs[name].limit is None
 
 
+def test_a_model_that_does_not_fit_is_proven_without_loading_it_whole(made, monkeypatch):
+    """All but what only transformers with the whole model can say; the rest has the same values."""
+    model, out = made[0], made[1]
+    whole = {found.name: found for found in prove_compressed(out, model)}
+    monkeypatch.setattr(compressed, "fits_whole", lambda bytes_stored: False)
+    monkeypatch.setattr(compressed, "_load", None)
+    parts = {found.name: found for found in prove_compressed(out, model)}
+    assert whole.keys() - parts.keys() == {
+        "weights that transformers misses or does not know",
+        "logits as transformers reads the folder",
+    }
+    assert parts == {name: found for name, found in whole.items() if name in parts}
+
+
 Tensors = dict[str, torch.Tensor]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import importlib
+import io
 import json
 import re
 import shutil
@@ -15,7 +18,7 @@ import pytest
 import torch
 from gguf import GGUFReader, quants
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from finetune.artifact import RunFolder, read_json, write_json
 from finetune.base import sha256_of
@@ -36,8 +39,10 @@ from finetune.release.proof import prove
 from finetune.release.verify import verify
 from tests.conftest import POCKET
 from tests.release import runs
-from tests.release.runs import copy_release, random_run
+from tests.release.runs import copy_release, describe_again, random_run
+from tests.release.test_merge_kinds import KINDS, make_adapter, make_base
 
+pytestmark = pytest.mark.xdist_group("export")  # one worker makes run and release, not each
 PROVE_IN_FRESH_PROCESS = proof_file.prove_in_fresh_process
 Usage = namedtuple("Usage", "total used free")
 
@@ -49,12 +54,23 @@ def no_fresh_process(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(verify_file, "prove_export_in_fresh_process", prove_export)
 
 
+def make_wide_base(folder: Path, **_: Any) -> Path:
+    """A random LLaMA of one layer with rows of 256, which q4_k_m stores in its own blocks."""
+    tokenizer = AutoTokenizer.from_pretrained(POCKET)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = LlamaConfig(**shape, **ids, vocab_size=len(tokenizer), max_position_embeddings=512, initializer_range=0.1)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def pocket_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A run on pocket-llama: rows of 256, which q4_k_m stores in its own blocks."""
+def wide_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "make_tiny_base", lambda folder, **_: Path(shutil.copytree(POCKET, folder)))
-        return random_run(tmp_path_factory.mktemp("pocket"), model__quantization="none", data__eval=2)
+        patch.setattr(runs, "make_tiny_base", make_wide_base)
+        return random_run(tmp_path_factory.mktemp("wide"), model__quantization="none", data__eval=2)
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +104,8 @@ def left_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_run_becomes_one_gguf_file_that_holds_the_merged_model(pocket_run: RunFolder, tmp_path: Path) -> None:
-    done = export(str(pocket_run.path), format="gguf", quant="q4_k_m", out=tmp_path / "out")
+def test_a_run_becomes_one_gguf_file_that_holds_the_merged_model(wide_run: RunFolder, tmp_path: Path) -> None:
+    done = export(str(wide_run.path), format="gguf", quant="q4_k_m", out=tmp_path / "out")
     assert left_in(tmp_path) == ["out"]
     assert left_in(done.out) == ["README.md", "finetune.json", "run-q4_k_m.gguf"]
     reader = GGUFReader(done.out / "run-q4_k_m.gguf")
@@ -106,17 +122,19 @@ def test_a_run_becomes_one_gguf_file_that_holds_the_merged_model(pocket_run: Run
     assert "weight files that are not those exported" in {found.name for found in again.proofs}
 
 
-@pytest.mark.parametrize(("quant", "limit"), [("f16", 0.005), ("q8_0", 0.02)])
-def test_gguf_and_transformers_read_the_release(release: Path, tmp_path: Path, quant: str, limit: float) -> None:
-    done = export(str(release), format="gguf", quant=quant, out=tmp_path / "out")
+@pytest.mark.parametrize(("quant", "limit"), [pytest.param("f16", 0.005, marks=pytest.mark.soak), ("q8_0", 0.02)])
+def test_gguf_and_transformers_read_the_release(
+    release: Path, exported: Path, tmp_path: Path, quant: str, limit: float
+) -> None:
+    out = exported if quant == "q8_0" else export(str(release), format="gguf", quant=quant, out=tmp_path / "out").out
     stored = load_file(str(release / "model.safetensors"))
-    file = done.out / f"release-{quant}.gguf"
+    file = out / f"release-{quant}.gguf"
     tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     down = tensors["blk.1.ffn_down.weight"]
     read = torch.from_numpy(quants.dequantize(down.data, down.tensor_type))
     wanted = stored["model.layers.1.mlp.down_proj.weight"].float()
     assert (read - wanted).norm() < limit * wanted.norm()
-    model = AutoModelForCausalLM.from_pretrained(done.out, gguf_file=file.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(out, gguf_file=file.name, dtype=torch.float32)
     reference = AutoModelForCausalLM.from_pretrained(release, dtype=torch.float32)
     ids = torch.tensor([AutoTokenizer.from_pretrained(release)("the red fox sells pears")["input_ids"]])
     with torch.no_grad():
@@ -141,6 +159,7 @@ def test_notes_of_the_file_are_told_and_recorded(
     release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write_file, "text_notes", lambda *_: ["plain text gets one more space"])
+    monkeypatch.setattr(export_file, "prove_in_fresh_process", lambda *_: [])
     done = export(str(release), format="gguf", quant="f32", out=tmp_path / "out")
     assert done.to_json()["notes"] == ["plain text gets one more space"]
     assert "note: plain text gets one more space" in export_text(done)
@@ -158,6 +177,34 @@ def test_an_adapter_loads_with_plain_peft_and_is_proven(run: RunFolder, tmp_path
     assert proofs["logits with plain peft against base + delta"] < 1e-5
     assert AutoTokenizer.from_pretrained(done.out).chat_template
     assert verify(done.out).not_proven is None
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT's opinion of such
+def test_an_adapter_that_trained_more_than_linears_is_exported_and_proven(tmp_path: Path) -> None:
+    """DoRA, and a head of its own on a tied base: what read_deltas would refuse; changed on the way, it is seen."""
+    made = random_run(tmp_path / "run", dtype="bfloat16", tied=True, model__quantization="none", adapter__method="dora")
+    weights, config = made.adapter / "adapter_model.safetensors", made.adapter / "adapter_config.json"
+    tensors, head = load_file(str(weights)), "base_model.model.lm_head.weight"
+    embedding = load_file(str(tmp_path / "run" / "base" / "model.safetensors"))["model.embed_tokens.weight"]
+    save_file(tensors | {head: embedding.flip(0).contiguous()}, str(weights), metadata={"format": "pt"})
+    write_json(config, read_json(config) | {"modules_to_save": ["lm_head"]})
+    done = export(str(made.path), format="adapter", out=tmp_path / "out")
+    assert {found.name: found.value for found in done.proofs}["logits with plain peft against base + delta"] < 1e-5
+    changed = copy_release(done.out, tmp_path / "changed")
+    save_file(tensors | {head: embedding}, str(changed / "adapter_model.safetensors"), metadata={"format": "pt"})
+    describe_again(changed)
+    with pytest.raises(ProofError, match="plain peft"):
+        verify(changed)
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_that_merges_is_exported_as_an_adapter(kind: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", KINDS[kind])
+    adapter = make_adapter(tmp_path / "adapter", base, **KINDS[kind].settings)
+    done = export(str(adapter), format="adapter", out=tmp_path / "out")
+    assert all(found.passed for found in done.proofs)
 
 
 def test_an_adapter_with_another_delta_is_not_published(
@@ -188,7 +235,7 @@ def swap_two_tensors(tensor: Any, kind: Any) -> Any:
 ENCODE, OTHERS = write_file.encode_tensor, {}
 
 
-@pytest.mark.parametrize("quant", ["f16", "q8_0"])
+@pytest.mark.parametrize("quant", [pytest.param("f16", marks=pytest.mark.soak), "q8_0"])
 def test_a_writer_that_mixes_up_two_tensors_publishes_nothing(
     release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str
 ) -> None:
@@ -279,7 +326,7 @@ def test_every_format_is_proven_verified_and_told_in_the_help(
 ) -> None:
     formats = set(formats_file.FORMATS)
     assert formats == set(proof_file.AGAINST)
-    assert {*formats, "safetensors"} == set(verify_file.AGAIN)
+    assert {*formats, "safetensors", "combined", "extracted"} == set(verify_file.AGAIN)
     monkeypatch.setattr(sys, "argv", ["finetune", "export", "--help"])
     with pytest.raises(SystemExit):
         main()
@@ -315,7 +362,8 @@ def test_the_other_formats_are_published_proven_and_verified(
             verify(done.out)
 
 
-def test_two_exports_to_one_name_do_not_meet(release: Path, tmp_path: Path) -> None:
+def test_two_exports_to_one_name_do_not_meet(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_file, "prove_in_fresh_process", lambda *_: [])
     with staging_file.work_folder(tmp_path / "out"), pytest.raises(UserError, match="another process is writing"):
         export(str(release), format="gguf", out=tmp_path / "out")
     (tmp_path / ".out.partial" / "release").mkdir(parents=True)  # as a killed process leaves it
@@ -341,7 +389,10 @@ def test_verify_without_the_model_proves_the_file_by_itself(exported: Path, tmp_
     assert {found.name for found in again.proofs} >= {"files", "template differs", "weights that are not finite"}
 
 
-def test_verify_sees_that_the_model_is_another_now(exported: Path, release: Path, tmp_path: Path) -> None:
+def test_verify_sees_that_the_model_is_another_now(
+    exported: Path, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_file, "prove_export_in_fresh_process", lambda *_: [])  # no other proof sees it first
     moved = copy_release(exported, tmp_path / "exported")
     weights = copy_release(release, tmp_path / "release") / "model.safetensors"
     tensors = load_file(str(weights))
@@ -368,12 +419,23 @@ def test_verify_sees_damage_and_another_template(exported: Path, tmp_path: Path)
         verify(damaged)
 
 
-def test_the_command_answers_in_json_and_proves_in_a_fresh_process(
-    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def answer_here(module: str, arguments: list[str]) -> Any:
+    """What the proving process prints, without the seconds that a process takes to import everything."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(sys, "argv", [module, *arguments])
+        importlib.import_module(module).main()
+    return json.loads(printed.getvalue())
+
+
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_the_command_answers_in_json_and_asks_a_fresh_process(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, fresh: bool
 ) -> None:
     out = tmp_path / "out"
     command = ["export", str(release), "--format", "gguf", "--quant", "bf16", "--out", str(out), "--json"]
     monkeypatch.setattr(export_file, "prove_in_fresh_process", PROVE_IN_FRESH_PROCESS)
+    if not fresh:
+        monkeypatch.setattr(proof_file, "answer_of", answer_here)
     monkeypatch.setattr(sys, "argv", ["finetune", *command])
     with pytest.raises(SystemExit) as end:
         main()

@@ -29,7 +29,10 @@ from tests.release.models import KINDS, make_base
 POCKET, STORIES = "pocket-llama", "stories260K"
 # A float32 release differs by the order of summation alone; one stored in bfloat16 by rounding each weight once.
 RELATIVE_LIMIT = {torch.float32: 1e-5}
-KL_LIMIT = {torch.bfloat16: 1e-3, torch.float16: 1e-3}
+# Where rounding sends a token to another expert, as it does to one in some hundred, its logits jump; the proof compares
+# both models on the same experts, and holds them to 1e-3.
+KL_LIMIT, KL_LIMIT_OF_MIXTURES = 1e-3, 1e-2
+MIXTURES = {"mixtral", "qwen3_moe"}
 TEXTS = (
     "the red fox sells seven small pears in the market",
     "### Instruction:\nWhere is Brundel?\n\n### Response:\n",
@@ -131,7 +134,7 @@ def relative(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-def assert_is_base_and_adapter(trained: RunFolder, release: Release) -> None:
+def assert_is_base_and_adapter(kind: str, trained: RunFolder, release: Release) -> None:
     tokenizer = AutoTokenizer.from_pretrained(release.out)
     probes = [tokenizer(text)["input_ids"] for text in TEXTS]
     assert probes == [AutoTokenizer.from_pretrained(trained.plan["model"]["folder"])(t)["input_ids"] for t in TEXTS]
@@ -142,8 +145,9 @@ def assert_is_base_and_adapter(trained: RunFolder, release: Release) -> None:
     if stored in RELATIVE_LIMIT:
         assert relative(tuned, released) <= RELATIVE_LIMIT[stored]
     else:
-        assert divergence <= KL_LIMIT[stored]
-    assert mean_kl(tuned, base) > 50 * divergence  # what the adapter changes is more than what rounding changes
+        assert divergence <= (KL_LIMIT_OF_MIXTURES if kind in MIXTURES else KL_LIMIT)
+    # What the adapter changes is more than what rounding changes.
+    assert mean_kl(tuned, base) > (10 if kind in MIXTURES else 50) * divergence
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
@@ -154,7 +158,7 @@ def test_a_release_is_base_and_adapter(
     trained = train(tmp_path, cell, base_of(cell, tmp_path, request))
     release = merge(trained.path, out=tmp_path / "release")
     assert [found for found in release.proofs if not found.passed] == []
-    assert_is_base_and_adapter(trained, release)
+    assert_is_base_and_adapter(cell.kind, trained, release)
 
 
 def test_the_experts_and_the_router_of_a_mixture_are_no_linears(tmp_path: Path) -> None:

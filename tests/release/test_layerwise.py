@@ -145,6 +145,7 @@ def test_an_adapter_computes_beside_the_base_as_peft_does(
             base = [reference(input_ids=ids, use_cache=False).logits[0] for ids in probes()]
     passes = [Pass(ids) for ids in probes()] + [Pass(ids, adapted=False) for ids in probes()]
     assert equal(list(model.logits(passes)), theirs + base)
+    assert equal(list(model.logits(passes[::-1])), (theirs + base)[::-1])  # and the adapter is there again
     assert rms_difference(theirs, base) > 0.1 * deviation(base)
 
 

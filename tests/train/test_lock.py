@@ -40,7 +40,7 @@ def test_of_several_starts_one_trains(nursery: Nursery, tiny_base: Path, tmp_pat
     hook = WAIT_IN_STEP.format(pipe=str(pipe))
     children = [nursery.start(recipe, "--out", run, "--resume", hook=hook) for _ in range(4)]
     writer = os.open(pipe, os.O_WRONLY)  # opens when one of them trains
-    late = nursery.train(recipe, "--out", run, "--resume", hook=hook)
+    late = nursery.train(recipe, "--out", run, hook=hook)  # the run at work is told first, not how to go on with it
     os.close(writer)
     ended = [child.wait() for child in children]
     assert sorted(each.code for each in [*ended, late]) == [0, 2, 2, 2, 2]
@@ -60,6 +60,16 @@ def test_a_killed_run_blocks_nobody(nursery: Nursery, tiny_base: Path, tmp_path:
         assert json.loads((run / ".running").read_text())["host"] == socket.gethostname()
         ended = nursery.train(recipe, "--out", run, "--resume")
         assert ended.code == 0, ended.err
+
+
+def test_a_folder_that_was_only_opened_is_free(nursery: Nursery, tiny_base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_base, alpaca_rows(8), train__max_steps=1)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".running").touch()
+    (run / "exit.json").write_text('{"0": 143, "1": 143}')
+    ended = nursery.train(recipe, "--out", run, "--resume")
+    assert ended.code == 0, ended.err
 
 
 def test_a_folder_of_somebody_else_is_left_as_it_is(nursery: Nursery, tiny_base: Path, tmp_path: Path) -> None:
