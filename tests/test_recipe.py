@@ -82,7 +82,8 @@ WITHOUT_EXAMPLE = {
     "adapter.layers": None, "adapter.rank_by": None, "adapter.alpha_by": None, "adapter.start": "default",
     "adapter.learning_rate_ratio": 1.0, "adapter.block_size": None, "adapter.train_tokens": [],
     "adapter.also_train": [], "adapter.from": None, "data.system": None, "data.truncate": "prompt",
-    "train.max_steps": None, "data.special_tokens": "text", "data.deduplicate": "none", "data.leaked": "keep", "data.drop": [],
+    "train.max_steps": None, "data.special_tokens": "text", "data.deduplicate": "none", "data.leaked": "keep",
+    "data.drop": [],
 }  # fmt: skip
 
 SECTION_KEYS = {

@@ -6,7 +6,10 @@ import json
 import os
 import struct
 from collections.abc import Callable, Container, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -40,18 +43,17 @@ def write_shards(
     changed: Container[str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Every tensor in stored order, in shards as transformers names them; one changed tensor in memory at a time.
+    """Every tensor in stored order, in shards as transformers names them; the next is changed while one is written.
 
-    Only the tensors named in `changed` (None: all) are read as tensors and given to `change`; of the others the bytes
-    are copied.
+    Two changed tensors are in memory at a time. Only the tensors named in `changed` (None: all) are read as tensors and
+    given to `change`; of the others the bytes are copied.
     """
     changed = Everything() if changed is None else changed
     shards = plan_shards(entries, shard_bytes=shard_bytes)
     for name, members in shards.items():
         with (folder / name).open("wb") as stream:
             stream.write(_header(members))
-            for entry in members:
-                stream.writelines(_changed_bytes(entry, change) if entry.name in changed else read_blocks(entry))
+            _write_tensors(stream, members, change, [entry for entry in members if entry.name in changed])
     if len(shards) > 1:
         weight_map = {entry.name: name for name, members in shards.items() for entry in members}
         total = {"total_size": sum(entry.bytes for entry in entries)}
@@ -117,8 +119,23 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _changed_bytes(entry: TensorEntry, change: Change) -> Iterator[memoryview]:
-    yield as_bytes(change(entry, read_tensor(entry))).numpy().data
+def _write_tensors(
+    stream: BinaryIO, members: Sequence[TensorEntry], change: Change, changed: Sequence[TensorEntry]
+) -> None:
+    waiting = iter(changed)
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        ahead = [worker.submit(_changed_bytes, entry, change) for entry in islice(waiting, 1)]
+        for entry in members:
+            if entry not in changed:
+                stream.writelines(read_blocks(entry))
+                continue
+            ready = ahead.pop().result()
+            ahead += [worker.submit(_changed_bytes, following, change) for following in islice(waiting, 1)]
+            stream.write(ready)
+
+
+def _changed_bytes(entry: TensorEntry, change: Change) -> memoryview:
+    return as_bytes(change(entry, read_tensor(entry))).numpy().data
 
 
 def _read_into(descriptor: int, room: memoryview, entry: TensorEntry, start: int) -> None:
