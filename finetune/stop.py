@@ -83,20 +83,6 @@ def stop_on_signals(*, rank: int = 0, ranks: int = 1) -> Iterator[StopSignal]:
                 signal.signal(number, handler)
 
 
-@contextmanager
-def signals_end_at_once() -> Iterator[None]:
-    """Inside, a signal that is not ignored ends the process by itself, where nothing is to be saved."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _end_here(number: int) -> None:
     """Leave at once, without a traceback: a checkpoint that is being written is either sealed or swept away later."""
     for child in multiprocessing.active_children():

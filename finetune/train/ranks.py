@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetune.errors import FinetuneError, Problem, UserError, WorkerError
-from finetune.stop import signals_end_at_once
 
 if TYPE_CHECKING:
     import torch
@@ -133,8 +133,7 @@ def joined_ranks(rank: int, local_rank: int, count: int) -> Iterator[Ranks]:
     else:
         backend = "gloo"
     try:
-        with signals_end_at_once():  # no Python runs while a rank waits for the others
-            torch.distributed.init_process_group(backend, timeout=PATIENCE)
+        _join(lambda: torch.distributed.init_process_group(backend, timeout=PATIENCE))
     except (ValueError, RuntimeError) as error:
         message = (
             f"{count} ranks are announced (WORLD_SIZE), but they cannot be connected: {error}; start with torchrun"
@@ -145,6 +144,24 @@ def joined_ranks(rank: int, local_rank: int, count: int) -> Iterator[Ranks]:
     finally:
         with contextlib.suppress(RuntimeError):
             torch.distributed.destroy_process_group()
+
+
+def _join(connect: Callable[[], None]) -> None:
+    """Connect in a thread: no Python runs while a rank waits for the others, and so no signal would be heard."""
+    failed: list[Exception] = []
+
+    def work() -> None:
+        try:
+            connect()
+        except (ValueError, RuntimeError) as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if failed:
+        raise failed[0]
 
 
 def deal(tokens: Sequence[int], *, count: int) -> list[list[int]]:

@@ -24,6 +24,7 @@ from finetune.machine import quiet_libraries
 from finetune.release.gguf.adapter import write_gguf_adapter
 from finetune.release.gguf.mix import QUANTS
 from finetune.release.gguf.prove import prove_gguf
+from finetune.release.gguf.vocabulary import read_tokenizer
 from finetune.release.gguf.write import write_gguf
 from finetune.release.source import read_source
 
@@ -108,6 +109,7 @@ def expected(trial: Trial, folder: Path, quants: list[str]) -> dict[str, Any]:
         "quants": quants,
         "stops": trial.stop_token_ids,
         "bos": base.bos_token,
+        "composes": read_tokenizer(trial.folder).composes,
         "gelu": model.config.model_type.startswith("gemma"),
         "chat_template": trial.chat_template,
         "plain": [[text, tokenizer.encode(text, add_special_tokens=True).ids] for text in texts],
