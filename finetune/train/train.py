@@ -86,11 +86,14 @@ def train(  # noqa: PLR0913 - everything a training is made of
             watch.close()
     if not ranks.is_first:
         return None
-    with storing(folder / "loss.png"):
-        draw_loss_curve(folder / "metrics.jsonl", folder / "loss.png")
     entries = read_metrics(folder / "metrics.jsonl")
     steps = [entry for entry in entries if "loss" in entry]
     losses = [entry["loss"] for entry in steps[-20:]]
+    if not losses:
+        cure = "put it back, or remove the newest checkpoint, so that its steps are trained and written again"
+        raise StorageError(Problem(str(folder / "metrics.jsonl"), f"holds the loss of no step any more; {cure}"))
+    with storing(folder / "loss.png"):
+        draw_loss_curve(folder / "metrics.jsonl", folder / "loss.png")
     held_out_losses = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]  # the last step has one
     return TrainResult(
         steps=plan.steps,

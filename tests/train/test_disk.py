@@ -223,3 +223,14 @@ def test_each_kind_of_failed_allocation_is_known(error: Exception, asked: str | 
     assert not is_out_of_memory(RuntimeError("shapes do not fit"))
     with pytest.raises(OSError, match="No space"), out_of_memory_told(lambda: "optimizer"):
         raise OSError(28, "No space left on device")
+
+
+def test_a_run_whose_losses_are_gone_says_so_and_can_be_finished(tiny_base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_base, alpaca_rows(8), output__save_every_steps=2)
+    folder = run(recipe).path
+    (folder / "result.json").unlink()
+    (folder / "metrics.jsonl").write_text("")
+    with pytest.raises(StorageError, match="holds the loss of no step any more; put it back, or remove the newest"):
+        run(recipe, resume=True)
+    shutil.rmtree(find_checkpoints(folder / "checkpoints")[-1])
+    assert run(recipe, resume=True).result["steps"] == 4
