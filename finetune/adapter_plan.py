@@ -40,6 +40,7 @@ class AdapterPlan:
     token_ids: tuple[int, ...] = ()  # rows of the embedding and, where it is not tied, of the head
     also_train: tuple[str, ...] = ()
     tied_embeddings: bool = False
+    beside_vision: bool = False  # the model has a vision tower, whose modules of the same names stay as they are
 
 
 def plan_adapter(recipe: Recipe, base: BaseFacts, token_ids: Mapping[str, int | None]) -> AdapterPlan:
@@ -55,7 +56,7 @@ def plan_adapter(recipe: Recipe, base: BaseFacts, token_ids: Mapping[str, int | 
         start_from=Path(asked.from_).expanduser() if asked.from_ else None,
         seed=recipe.seed,
         experts=tuple(sorted({_last(shape.parameter, 2) for shape in experts})),
-        layers=layers_of(asked.layers),
+        layers=layers_of(asked.layers) or _text_layers(base),
         rank_by=dict(asked.rank_by or {}),
         alpha_by={pattern: float(alpha) for pattern, alpha in (asked.alpha_by or {}).items()},
         start=asked.start,
@@ -66,6 +67,7 @@ def plan_adapter(recipe: Recipe, base: BaseFacts, token_ids: Mapping[str, int | 
         token_ids=tuple(sorted({found for found in map(token_ids.get, asked.train_tokens) if found is not None})),
         also_train=tuple(sorted(asked.also_train)),
         tied_embeddings=base.tied_embeddings,
+        beside_vision=base.has_vision,
     )
 
 
@@ -129,6 +131,11 @@ def layers_of(asked: str | tuple[int, ...] | None) -> tuple[int, ...] | None:
         first, last = map(int, asked.split("-"))
         return tuple(range(first, last + 1)) if last - first < 100_000 else (first, last)
     return None if asked is None else tuple(sorted(asked))
+
+
+def _text_layers(base: BaseFacts) -> tuple[int, ...] | None:
+    """The layers that rows of text go through, where that is not all of them."""
+    return tuple(layer for layer in range(base.layers) if layer not in base.image_layers) if base.image_layers else None
 
 
 def chosen(asked: AdapterSection, base: BaseFacts) -> tuple[list[LinearShape], list[ExpertShape]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import Problem, StorageError, UserError
+from finetune.families import VISION
 from finetune.fetch import fetch, local_folder, remote_tensors
 from finetune.machine import cache_folder
 from finetune.trust import allowed_commit, check_foreign_code, hand_over_to_child, is_trusted, take_over
@@ -105,6 +106,8 @@ class BaseFacts:
     linears: tuple[LinearShape, ...]
     isolates_by_documents: bool  # plain causal attention in every layer: documents can be attended one by one
     experts: tuple[ExpertShape, ...] = ()
+    image_layers: tuple[int, ...] = ()  # that attend to an image: rows of text pass them by (Llama 3.2 vision)
+    has_vision: bool = False  # a tower beside the language model, which is neither quantised nor adapted
 
 
 @dataclass(frozen=True)
@@ -413,6 +416,8 @@ def _facts(
         isolates_by_documents=not any(
             text.get(key) for key in ("sliding_window", "attn_logit_softcapping", "attention_chunk_size")
         ),
+        image_layers=tuple(text.get("cross_attention_layers") or ()),
+        has_vision=any(is_vision(tensor.name) for tensor in tensors),
     )
 
 
@@ -423,6 +428,8 @@ def _is_count(value: Any) -> bool:
 def _linear_shapes(tensors: list[TensorEntry]) -> Iterator[LinearShape]:
     """The 2-D weights inside the decoder layers; embeddings and the head lie outside, norms have one dimension.
 
+    A vision tower has layers, too; its linears stay as they are.
+
     The experts of a mixture and their router are no linear modules: transformers holds all experts of a layer as one
     parameter (models/mixtral/modeling_mixtral.py), which bitsandbytes leaves in 16 bits.
     """
@@ -431,8 +438,13 @@ def _linear_shapes(tensors: list[TensorEntry]) -> Iterator[LinearShape]:
     for tensor in tensors:
         if len(tensor.shape) != 2 or ".layers." not in tensor.name or not tensor.name.endswith(".weight"):
             continue
-        if ".experts." not in tensor.name and tensor.name not in routers:
+        if ".experts." not in tensor.name and tensor.name not in routers and not is_vision(tensor.name):
             yield LinearShape(tensor.name.removesuffix(".weight"), *tensor.shape)
+
+
+def is_vision(name: str) -> bool:
+    """Whether a tensor or module belongs to what sees images, by a part of its path."""
+    return any(part in VISION for part in name.split("."))
 
 
 def _expert_shapes(tensors: list[TensorEntry]) -> Iterator[ExpertShape]:

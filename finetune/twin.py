@@ -46,8 +46,9 @@ def make_twin(base: Path, target: Path, *, stored_dtype: str) -> None:
         small = AutoConfig.from_pretrained(str(target), trust_remote_code=trusted)
         model = _build(small, trusted=trusted)
         randomise_(model, hidden=small.get_text_config().hidden_size)
-        stored: Any = model.to  # its annotation knows no dtype
-        stored(DTYPES.get(stored_dtype, torch.bfloat16)).save_pretrained(str(target))
+        for parameter in model.parameters():  # not buffers: Llama 4 has complex ones
+            parameter.data = parameter.data.to(DTYPES.get(stored_dtype, torch.bfloat16))
+        model.save_pretrained(str(target))
     except Exception as error:  # whatever an architecture's own code raises is its answer
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         message = f"transformers cannot build this architecture: {first_line}; correct config.json, or name another"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.base import BaseFacts, LinearShape
+from finetune.base import BaseFacts, ExpertShape, LinearShape
 from finetune.data.estimate import estimate_facts
 from finetune.data.template import template_without_base
 from finetune.families import Family, Model, Shape, count_parameters, find_family, has_experts
@@ -70,6 +70,9 @@ def table_facts(model: Model, *, revision: str | None = None) -> BaseFacts:
         stored_bytes=2 * parameters,
         linears=tuple(linears(shape, family)),
         isolates_by_documents=family.model_type not in WINDOWED,
+        experts=tuple(experts(shape)),
+        image_layers=tuple(range(shape.layers, shape.layers + shape.cross_layers)),
+        has_vision=shape.vision is not None,
     )
 
 
@@ -90,6 +93,17 @@ def linears(shape: Shape, family: Family) -> Iterator[LinearShape]:
     for layer in range(shape.layers, shape.layers + shape.cross_layers):
         yield from _attention(shape, f"model.layers.{layer}.cross_attn", queries, keys, fused=False)
         yield from _mlp(shape, f"model.layers.{layer}.mlp", shape.intermediate)
+
+
+def experts(shape: Shape) -> Iterator[ExpertShape]:
+    """The fused parameters of every layer that has experts."""
+    if not shape.experts:
+        return
+    count, width = shape.experts.count, shape.experts.intermediate
+    for layer in range(shape.layers):
+        if has_experts(shape, layer):
+            yield ExpertShape(f"model.layers.{layer}.mlp.experts.gate_up_proj", count, 2 * width, shape.hidden)
+            yield ExpertShape(f"model.layers.{layer}.mlp.experts.down_proj", count, shape.hidden, width)
 
 
 def _attention(shape: Shape, at: str, queries: int, keys: int, *, fused: bool) -> Iterator[LinearShape]:

@@ -33,11 +33,13 @@ def empty_model(folder: Path, *, dtype: torch.dtype, attention: str | None = Non
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trusted)
         kind: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
-        if kind is not None and kind.config_class is config.sub_configs.get("text_config"):
-            config = config.get_text_config()  # the text part of a model of text and images, as from_pretrained does
         chosen = {"attn_implementation": attention} if attention == DOCUMENTS else {}
         with init_empty_weights(include_buffers=False), no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted, **chosen)
+            if kind is not None and kind.config_class is config.sub_configs.get("text_config"):
+                # The text part of a model of text and images, as from_pretrained does.
+                model = kind._from_config(config.get_text_config(), dtype=dtype, **chosen)
+            else:
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted, **chosen)
     except (OSError, ValueError, KeyError) as error:
         first_line = (str(error).splitlines() or [""])[0]
         raise UserError(Problem(str(folder), f"transformers cannot build this model: {first_line}")) from error

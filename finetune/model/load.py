@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from finetune.errors import Problem, UserError
+from finetune.families import VISION
 from finetune.model.attention import register_attention
 from finetune.plan import ModelPlan
 from finetune.trust import is_trusted
@@ -34,13 +35,15 @@ def load_base(plan: ModelPlan) -> PreTrainedModel:
     dtype = getattr(torch, plan.dtype)
     trusted = is_trusted(plan.folder)
     try:
+        config = AutoConfig.from_pretrained(str(plan.folder), trust_remote_code=trusted)
+        beside_vision = getattr(config, "vision_config", None) is not None
         model = AutoModelForCausalLM.from_pretrained(
             str(plan.folder),
-            config=AutoConfig.from_pretrained(str(plan.folder), trust_remote_code=trusted),
+            config=config,
             trust_remote_code=trusted,
             use_safetensors=True,
             dtype=dtype,
-            quantization_config=quantization_config(plan.quantization, dtype),
+            quantization_config=quantization_config(plan.quantization, dtype, beside_vision=beside_vision),
             # sdpa where the family can: Gemma 2 caps its attention scores, so that transformers computes them eagerly.
             attn_implementation=None if plan.attention == "sdpa" else plan.attention,
             device_map={"": plan.device},
@@ -53,13 +56,18 @@ def load_base(plan: ModelPlan) -> PreTrainedModel:
     return model
 
 
-def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """What transformers needs to quantise while loading; None for unquantised weights."""
+def quantization_config(
+    quantization: str, dtype: torch.dtype, *, beside_vision: bool = False
+) -> BitsAndBytesConfig | None:
+    """What transformers needs to quantise while loading; None for unquantised weights. What sees images stays."""
     if quantization == "none":
         return None
+    # A list takes the place of the default, which is the head.
+    skipped = ["lm_head", *(rf"(.*\.)?{part}" for part in VISION)] if beside_vision else None
     if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
+        llm_int8_skip_modules=skipped,
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization,
         bnb_4bit_use_double_quant=True,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import IA3Config, LoraConfig, OFTConfig, PeftConfig, VeraConfig
 
+from finetune.families import VISION
 from finetune.plan import AdapterPlan
 
 
@@ -26,10 +27,8 @@ def _lora(plan: AdapterPlan, model: torch.nn.Module, **extra: Any) -> LoraConfig
         lora_dropout=plan.dropout,
         rank_pattern={pattern: times * rank for pattern, rank in plan.rank_by.items()},
         alpha_pattern={pattern: _number(times * alpha) for pattern, alpha in plan.alpha_by.items()},
-        target_modules=list(plan.targets),
+        **_modules(plan),
         target_parameters=_experts(plan, model) or None,
-        layers_to_transform=None if plan.layers is None else list(plan.layers),
-        layers_pattern=None if plan.layers is None else "layers",
         trainable_token_indices=_token_rows(plan, model),
         modules_to_save=_whole_modules(plan, model) or None,
         ensure_weight_tying=plan.tied_embeddings and bool(plan.also_train),
@@ -53,9 +52,7 @@ def _vera(plan: AdapterPlan, model: torch.nn.Module) -> VeraConfig:
         task_type="CAUSAL_LM",
         r=plan.rank,
         vera_dropout=plan.dropout,
-        target_modules=list(plan.targets),
-        layers_to_transform=None if plan.layers is None else list(plan.layers),
-        layers_pattern=None if plan.layers is None else "layers",
+        **_modules(plan),
         projection_prng_key=plan.seed,
         save_projection=True,  # another version of torch may draw other numbers from the same seed
         d_initial=0.1,
@@ -67,9 +64,7 @@ def _oft(plan: AdapterPlan, model: torch.nn.Module) -> OFTConfig:
         task_type="CAUSAL_LM",
         r=0,
         oft_block_size=plan.block_size,
-        target_modules=list(plan.targets),
-        layers_to_transform=None if plan.layers is None else list(plan.layers),
-        layers_pattern=None if plan.layers is None else "layers",
+        **_modules(plan),
         use_cayley_neumann=False,  # the series of five terms leaves the rotations: it stretches what it turns
     )
 
@@ -116,7 +111,19 @@ def _name_of(model: torch.nn.Module, wanted: torch.nn.Module) -> str:
     return next(path.rpartition(".")[2] for path, module in model.named_modules() if module is wanted)
 
 
+def _modules(plan: AdapterPlan) -> dict[str, Any]:
+    """Which modules, as PEFT is told: by the ends of their paths, or, beside a vision tower, by the whole path."""
+    if plan.beside_vision:
+        return {"target_modules": _path_pattern(plan, plan.targets)}
+    return {
+        "target_modules": list(plan.targets),
+        "layers_to_transform": None if plan.layers is None else list(plan.layers),
+        "layers_pattern": None if plan.layers is None else "layers",
+    }
+
+
 def _path_pattern(plan: AdapterPlan, targets: tuple[str, ...]) -> str:
+    seen = "".join(rf"(?!(.*\.)?{part}\.)" for part in VISION) if plan.beside_vision else ""
     layers = r"\d+" if plan.layers is None else "|".join(map(str, plan.layers))
     ends = "|".join(target.replace(".", r"\.") for target in targets)
-    return rf".*\.layers\.({layers})\.(.*\.)?({ends})"
+    return rf"{seen}.*\.layers\.({layers})\.(.*\.)?({ends})"

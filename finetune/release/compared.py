@@ -35,6 +35,7 @@ from finetune.release.merging import make_merging
 from finetune.release.parts import Read
 from finetune.release.routes import Route
 from finetune.release.source import Source
+from finetune.release.stored_names import read_stored_names
 from finetune.release.weights import read_tensors
 from finetune.train.trainer import autocast, mean_loss
 
@@ -158,11 +159,14 @@ def read_chosen(source: Source, onto: Onto) -> Read:
 
 def _count_differing(model: torch.nn.Module, source: Source, onto: Onto) -> int:
     """How many of the dequantised weights are not those that the trained model holds, one linear at a time."""
+    folder = source.base.facts.folder
     names = {f"{linear.module}.weight" for linear in source.base.facts.linears}
-    stored = read_tensor_entries(source.base.facts.folder)
-    entries = {entry.name.removesuffix(".weight"): entry for entry in stored if entry.name in names}
+    stored = list(read_tensor_entries(folder))
+    entries = {entry.name: entry for entry in stored if entry.name in names}
+    renamed = read_stored_names(folder, stored).renamed
     differing, held = 0, set()
-    for name, weight in quantized_weights(model):
+    for module, weight in quantized_weights(model):
+        name = renamed.get(f"{module}.weight", f"{module}.weight")
         held.add(name)
         if name in entries:
             ((_, tensor),) = read_tensors([entries[name]])
