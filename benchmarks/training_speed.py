@@ -1,206 +1,136 @@
-"""Real tokens per second of a training step: finetune beside TRL's SFTTrainer with its defaults.
+"""Real tokens per second of training: finetune beside TRL and other toolkits, measured from outside the programs.
 
-A random-weight 160M LLaMA (hidden 768, 12 layers, vocabulary 32,000), LoRA rank 16 on all linear modules, Alpaca rows,
-one epoch of 8 examples a step. Every measurement is a process of its own; contenders take turns, so that a machine
-whose speed drifts slows both. Real tokens are the tokens of the rows; padding does not count.
+Random LLaMAs of 24M, 160M and 1.1B parameters (vocabulary 32,000), LoRA rank 16 on all linear modules, the first rows
+of the Alpaca demo, 8 examples a step, the same token ids and labels for all. A measurement is a process that trains one
+epoch and a process that trains several; the rate is the tokens of the additional epochs over the difference of the two
+walls, so that imports, loading and saving do not count. Contenders take turns. Padding does not count.
 
-    python benchmarks/training_speed.py --shared ../shared/data --rows 160 --rounds 3 --out benchmarks/results/NAME.json
+    python benchmarks/training_speed.py --out benchmarks/results/training_speed.json
+
+TRL's settings are `defaults`, or the fastest of those in benchmarks/speed/trl_configurations.py, looked for with
+--search (a process of few steps for each; the search is written into the same file and used by later calls):
+
+    python benchmarks/training_speed.py --search --models 160M --out benchmarks/results/training_speed.json
+
+Other toolkits take part once benchmarks/peers.py has installed them:
+
+    python benchmarks/training_speed.py --contenders finetune llamafactory unsloth axolotl litgpt --out ...
+
+What is in the file already is not measured again, so that a call that was broken off goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
-import platform
-import resource
-import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-BATCH_SIZE = 8
-CONTENDERS = ("finetune", "trl")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.speed.contenders import CONFIGURATIONS, known, prepare, train, train_with_trl
+from benchmarks.speed.facts import command_line, header, moment
+from benchmarks.speed.ours import train_ours
+from benchmarks.speed.outside import Report, last_words
+from benchmarks.speed.rates import rates
+from benchmarks.speed.subjects import BATCH_SIZE, SHAPES
+
+BEST = "trl: best"
+SEARCH_SECONDS = 600.0  # of one configuration at most
 
 
-def make_base(folder: Path, tokenizer_folder: Path) -> None:
-    """Write the random 160M LLaMA with the Llama 2 tokenizer, in bfloat16."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=32000,
-        max_position_embeddings=2048,
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    for file in tokenizer_folder.iterdir():
-        shutil.copyfile(file, folder / file.name)
+def search(report: Report, arguments: argparse.Namespace, folder: Path) -> None:
+    """One process for every way to set TRL: the rate of its steps, the first left out."""
+    content = report.content.setdefault("search", {})
+    for model, quantization in itertools.product(arguments.models, arguments.quantization):
+        found = content.setdefault(f"{model} {quantization}", {})
+        work = prepare(model, quantization, folder=folder, **sources(arguments), rows=arguments.search_rows)
+        for name in arguments.configurations:
+            if name not in found:
+                found[name] = tried(name, work)
+                report.write()
+                print(model, quantization, name, found[name], file=sys.stderr, flush=True)
 
 
-def write_recipe(folder: Path, base: Path, data: Path, quantization: str) -> Path:
-    """The recipe both contenders train; JSON is YAML."""
-    recipe = {
-        "version": 1,
-        "name": "speed",
-        "model": {"base": str(base), "quantization": quantization, "dtype": "bfloat16"},
-        "adapter": {"rank": 16, "alpha": 32},
-        "data": {"train": str(data), "template": "alpaca", "max_tokens": 1024},
-        "train": {"epochs": 1, "batch_size": BATCH_SIZE, "learning_rate": 2e-4},
-        "output": {"folder": str(folder / "run"), "save_every_steps": 10**6},
-    }
-    path = folder / "recipe.json"
-    path.write_text(json.dumps(recipe))
-    return path
+def tried(name: str, work: Any) -> dict[str, Any]:
+    """Tokens per second inside the trainer, or why there are none."""
+    try:
+        run = train_with_trl(work, CONFIGURATIONS[name], 1, limit_seconds=SEARCH_SECONDS)
+    except RuntimeError as error:
+        return {"reason": last_words(str(error))}
+    tokens = run["tokens_up_to_step"]
+    rate = (tokens[-1] - tokens[0]) / sum(run["step_seconds"][1:])
+    kept = ("tokens", "labelled_tokens", "steps", "losses", "peak_bytes", "wall_seconds")
+    return {"tokens_per_second": rate, **{key: run[key] for key in kept}}
 
 
-def run_finetune(recipe: Path) -> dict[str, float]:
-    """Train with finetune; its own figures."""
-    from finetune.run import run
-
-    folder = run(recipe)
-    entries = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
-    tokens = sum(entry["tokens"] for entry in entries)
-    return {"tokens_per_second": folder.result["tokens_per_second"], "tokens": tokens, "loss": entries[-1]["loss"]}
-
-
-def run_trl(recipe: Path) -> dict[str, float]:
-    """Train the same rows with TRL's SFTTrainer: prompt-completion rows, every setting TRL's default but the batch."""
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    from finetune.model.load import quantization_config
-    from finetune.resolve import resolve
-
-    resolved = resolve(recipe)
-    plan, examples = resolved.plan, resolved.data.train
-    rows = [
-        {"prompt": e.text[: e.spans[0][0]].removeprefix("<s>"), "completion": e.text[e.spans[0][0] :]} for e in examples
-    ]
-    import torch
-
-    quantization = quantization_config(plan.model.quantization, torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(
-        plan.model.folder, dtype=torch.bfloat16, quantization_config=quantization
-    )
-    seconds: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            seconds.append(-time.perf_counter())
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds[-1] += time.perf_counter()
-
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(
-            output_dir=str(recipe.parent / "trl"), per_device_train_batch_size=BATCH_SIZE, num_train_epochs=1,
-            use_cpu=not torch.cuda.is_available(), save_strategy="no", report_to="none",
-        ),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(plan.model.folder),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=list(plan.adapter.targets)),
-        callbacks=[Clock()],
-    )  # fmt: skip
-    trained_tokens = sum(len(row["input_ids"]) for row in trainer.train_dataset)
-    trainer.train()
-    last = trainer.state.log_history[-1]["train_loss"]
-    return {"tokens_per_second": trained_tokens / sum(seconds), "tokens": trained_tokens, "loss": last}
+def fastest(report: Report, model: str, quantization: str) -> str:
+    """The name of TRL's fastest configuration: of the search with this size, else of one with this quantization."""
+    searches: dict[str, Any] = report.content.get("search", {})
+    if not searches:
+        sys.exit(f"{BEST}: nothing was looked for yet; use --search first")
+    key = max(searches, key=lambda k: (k.split() == [model, quantization], k.endswith(f" {quantization}")))
+    worked = {name: run for name, run in searches[key].items() if "tokens_per_second" in run}
+    labels = max(run["labelled_tokens"] for run in worked.values())  # packs shorter than a row cut some off
+    whole = [name for name, run in worked.items() if run["labelled_tokens"] == labels]
+    return max(whole, key=lambda name: worked[name]["tokens_per_second"])
 
 
-def measure_in_child(contender: str, recipe: Path) -> dict[str, float]:
-    """One contender in a fresh process: its figures and its peak memory."""
-    shutil.rmtree(recipe.parent / "run", ignore_errors=True)
-    command = [sys.executable, __file__, "--child", contender, str(recipe)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def child(contender: str, recipe: Path) -> None:
-    """Measure in this process and print one JSON line."""
-    from finetune.machine import quiet_libraries
-
-    quiet_libraries()
-    figures = (run_finetune if contender == "finetune" else run_trl)(recipe)
-    figures["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps(figures))
-
-
-def versions() -> dict[str, Any]:
-    """What was measured, and on what."""
-    import importlib.metadata
-
-    from finetune.machine import probe_machine
-
-    names = ("torch", "transformers", "trl", "peft", "bitsandbytes")
-    machine = probe_machine()
-    return {
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "python": platform.python_version(),
-        "machine": {"name": machine.device_name, "cores": machine.cores, "device": machine.device},
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All rounds of all contenders, and the median ratios."""
-    shared = Path(arguments.shared)
-    results: dict[str, Any] = {"rows": arguments.rows, "batch_size": BATCH_SIZE, **versions(), "runs": []}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_base(folder / "base", shared / "tokenizers" / "llama2")
-        rows = json.loads((shared / "alpaca" / "alpaca_en_demo.json").read_text())[: arguments.rows]
-        (folder / "rows.json").write_text(json.dumps(rows))
-        for number, quantization in itertools.product(range(arguments.rounds), arguments.quantization):
-            recipe = write_recipe(folder, folder / "base", folder / "rows.json", quantization)
-            for contender in CONTENDERS:
-                figures = measure_in_child(contender, recipe)
-                run = {"round": number, "contender": contender, "quantization": quantization, **figures}
-                results["runs"].append(run)
-                print(run, flush=True)
-    results["medians"] = {q: medians(results["runs"], q) for q in arguments.quantization}
-    return results
-
-
-def medians(runs: list[dict[str, Any]], quantization: str) -> dict[str, float]:
-    """Median tokens per second of both, and the median of the round-by-round ratios."""
-    speed = {
-        contender: [
-            r["tokens_per_second"] for r in runs if (r["contender"], r["quantization"]) == (contender, quantization)
+def compare(report: Report, arguments: argparse.Namespace, folder: Path) -> None:
+    """All rounds; in each the contenders one after the other, first with one epoch, then with more."""
+    for model, quantization in itertools.product(arguments.models, arguments.quantization):
+        work = prepare(model, quantization, folder=folder, **sources(arguments), rows=arguments.rows)
+        train_ours(work.recipe, work.folder, "train.max_steps=1")  # fills its caches
+        several = arguments.epochs or SHAPES[model].epochs
+        common = {"model": model, "quantization": quantization}
+        keys = [
+            {**common, "contender": contender, "round": number, "epochs": epochs}
+            for number in range(arguments.rounds)
+            for contender in arguments.contenders
+            for epochs in (1, several)
         ]
-        for contender in CONTENDERS
-    }
-    ratios = [ours / theirs for ours, theirs in zip(speed["finetune"], speed["trl"], strict=True)]
-    return {**{name: statistics.median(values) for name, values in speed.items()}, "ratio": statistics.median(ratios)}
+
+        def measure(key: dict[str, Any], work: Any = work) -> dict[str, Any]:
+            contender = key["contender"]
+            if contender == BEST:
+                contender = f"trl: {fastest(report, key['model'], key['quantization'])}"
+            return {"as": contender, **moment(), **train(contender, work, key["epochs"])}
+
+        report.fill(keys, measure)
+
+
+def sources(arguments: argparse.Namespace) -> dict[str, Path]:
+    """Where rows and peers come from."""
+    return {"shared": arguments.shared.resolve(), "peers": arguments.peers.resolve()}
+
+
+def contender(name: str) -> str:
+    return name if name == BEST else known(name)
 
 
 def main() -> None:
-    """Parse the command line and print or write the comparison."""
-    if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2], Path(sys.argv[3]))
-        return
+    """Parse the command line, measure, and print the rates."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", default="../shared/data")
-    parser.add_argument("--rows", type=int, default=160)
+    parser.add_argument("--out", type=Path, required=True, help="the report, which is added to")
+    parser.add_argument("--shared", type=Path, default=Path("../shared/data"), help="the folder of real data")
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["24M", "160M"])
+    parser.add_argument("--quantization", nargs="+", choices=["nf4", "none"], default=["nf4", "none"])
+    parser.add_argument("--contenders", nargs="+", type=contender, default=["finetune", "trl: defaults", BEST])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quantization", nargs="+", default=["nf4", "none"])
-    parser.add_argument("--out")
+    parser.add_argument("--rows", type=int, default=0, help="other than the size's own number")
+    parser.add_argument("--epochs", type=int, default=0, help="of the longer process, other than the size's own")
+    parser.add_argument("--search", action="store_true", help="look for TRL's fastest configuration instead")
+    parser.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
+    parser.add_argument("--search-rows", type=int, default=32)
+    parser.add_argument("--peers", type=Path, default=Path(tempfile.gettempdir()) / "peers")
     arguments = parser.parse_args()
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    text = json.dumps(compare(arguments), indent=2)
-    print(text)
-    if arguments.out:
-        Path(arguments.out).write_text(text + "\n")
+    report = Report(arguments.out, batch_size=BATCH_SIZE, **header(command_line()))
+    with tempfile.TemporaryDirectory(prefix="training-speed-") as folder:
+        (search if arguments.search else compare)(report, arguments, Path(folder))
+    for line in rates(report.content["runs"], by=("model", "quantization", "contender")):
+        print(line)
 
 
 if __name__ == "__main__":

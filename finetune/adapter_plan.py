@@ -15,6 +15,16 @@ KINDS = ("all-linear", "attention", "mlp", "experts")
 # A router chooses experts, a gate weighs one: its output is a decision for each token, not a state (and Llama 4's is a
 # tuple, on which PEFT fails).
 ROUTERS = {"router", "gate", "shared_expert_gate"}
+# Of these architectures PEFT takes a LoRA's target gate_proj, up_proj or down_proj for the experts' fused parameters,
+# wherever it lies (utils/transformers_weight_conversion.py): a dense MLP beside the experts cannot be adapted.
+LORA_METHODS = ("lora", "rslora", "dora")
+TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj")
+TAKEN_IN = {
+    *("Dots3NoteTextModel", "UnlimitedOcrTextModel", "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3"),
+    *("deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe"),
+    *("glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe"),
+    *("qwen3_omni_moe_text", "qwen3_omni_moe_thinker", "solar_open"),
+}
 BLOCK_SIZE = 32  # of oft, as in its paper's code
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -144,9 +154,24 @@ def chosen(asked: AdapterSection, base: BaseFacts) -> tuple[list[LinearShape], l
     linears = [
         linear
         for linear in base.linears
-        if is_target(linear.module, names) or (linear.leaf not in ROUTERS and kind_of(linear, names))
+        if is_target(linear.module, names)
+        or (
+            linear.leaf not in ROUTERS
+            and kind_of(linear, names)
+            and not is_taken_for_experts(linear, base, asked.method)
+        )
     ]
     return linears, list(base.experts) if "experts" in names else []
+
+
+def is_of_a_kind(linear: LinearShape, base: BaseFacts, method: str) -> bool:
+    """Whether a kind of targets may mean this linear at all."""
+    return linear.leaf not in ROUTERS and not is_taken_for_experts(linear, base, method)
+
+
+def is_taken_for_experts(linear: LinearShape, base: BaseFacts, method: str) -> bool:
+    """Whether PEFT would adapt the experts in place of this linear; it asks only a LoRA's targets."""
+    return method in LORA_METHODS and base.model_type in TAKEN_IN and linear.leaf in TAKEN_FOR_EXPERTS
 
 
 def kind_of(linear: LinearShape, kinds: Sequence[str]) -> bool:

@@ -11,8 +11,8 @@ from finetune.adapter_plan import (
     chosen,
     in_layers,
     is_in,
+    is_taken_for_experts,
     is_target,
-    kind_of,
     layers_of,
     matches,
     rank_of,
@@ -36,10 +36,14 @@ def adapter_problems(
 def _target_problems(asked: AdapterSection, base: BaseFacts) -> Iterator[Problem]:
     known = sorted({linear.leaf for linear in base.linears if linear.leaf not in ROUTERS})
     for name in [asked.targets] if isinstance(asked.targets, str) else asked.targets:
+        taken = [each for each in base.linears if is_target(each.module, (name,))]
+        if taken and all(is_taken_for_experts(each, base, asked.method) for each in taken):
+            message = f"PEFT takes {name} of a {base.model_type} for its experts; write targets: [attention, experts]"
+            yield Problem("adapter.targets", message)
         if name == "experts" or _names_a_linear(name, base.linears):
             continue
         if name in KINDS:
-            if not any(linear.leaf not in ROUTERS and kind_of(linear, [name]) for linear in base.linears):
+            if not chosen(asked.model_copy(update={"targets": name}), base)[0]:
                 message = f"{base.base} has no linear modules of the kind {name}; write another kind"
                 yield Problem("adapter.targets", message)
             continue
@@ -62,8 +66,8 @@ def _expert_problems(recipe: Recipe, base: BaseFacts) -> Iterator[Problem]:
         yield Problem("adapter.targets", f"{asked.method} cannot adapt experts; write method: lora or rslora")
     if asked.dropout:
         yield Problem("adapter.dropout", "has no effect on experts, whose inputs PEFT does not see; write 0")
-    if recipe.model.quantization != "none":
-        message = "experts are adapted on unquantised bases only; write model.quantization: none, or other targets"
+    if recipe.model.quantization == "int8":
+        message = "experts are adapted in 4 or 16 bits; write model.quantization: nf4 or none, or other targets"
         yield Problem("adapter.targets", message)
 
 

@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from finetune.errors import Problem, StorageError, UserError, raise_problems, st
 from finetune.plan import Plan
 from finetune.recipe import DataSection, load_recipe
 from finetune.resume_keys import Changes, compare_plans
+from finetune.trust import OPTION, trusted_code
 
 LIBRARIES = (
     "torch",
@@ -67,8 +68,9 @@ class RunFolder:
 
         Raises:
             UserError: it is another number.
+            StorageError: lock.json cannot be read or written.
         """
-        lock = read_json(self.path / "lock.json")
+        lock = _read_lock(self)
         before = lock.get("world_size", count)
         if before != count and not allow_other:
             message = (
@@ -77,7 +79,27 @@ class RunFolder:
             )
             raise UserError(Problem(str(self.path), message))
         if lock.get("world_size") != count:
-            write_json(self.path / "lock.json", {**lock, "world_size": count})
+            with storing(self.path):
+                write_json(self.path / "lock.json", {**lock, "world_size": count})
+
+    def keep_speedups(self, record: Mapping[str, Any]) -> list[str]:
+        """Note what computes the passes (finetune/model/fast/speed_up.py, record); what is not as it was, in words.
+
+        Names that changed are a changed recipe, which is told elsewhere.
+        """
+        lock = _read_lock(self)
+        before = lock.get("speedups", record)
+        if lock.get("speedups") != record:
+            with storing(self.path):
+                write_json(self.path / "lock.json", {**lock, "speedups": record})
+        kernels = before["kernels"].items()
+        changed = [(f"the compiled {name}", was, record["kernels"].get(name, was)) for name, was in kernels]
+        changed += [(name, was, record["pieces"].get(name, was)) for name, was in before["pieces"].items()]
+        return [
+            f"{name} was {was!r}, is {now!r}: the same training up to rounding"
+            for name, was, now in changed
+            if was != now
+        ]
 
     def write_adapter(self, base: Base, template: Template, save: Callable[[Path], None]) -> None:
         """adapter/: PEFT's files, tokenizer and template; complete or not there at all."""
@@ -221,7 +243,31 @@ def _changed_inputs(folder: RunFolder, before: dict[str, Any], now: dict[str, An
         for kind in ("base_sha256", "tokenizer_sha256", "data_sha256")
         for name in sorted(before[kind].keys() | now[kind].keys())
         if before[kind].get(name) != now[kind].get(name)
-    ]
+    ] + _other_code(before.get("foreign_code", now["foreign_code"]), now["foreign_code"])
+
+
+def _other_code(before: Mapping[str, str], now: Mapping[str, str]) -> list[Problem]:
+    """Foreign code that computes something else than it did may not go on with a run, nor may its absence."""
+    if before == now:
+        return []
+    was, is_now = (_code_text(allowed) for allowed in (before, now))
+    message = f"the base's own Python was {was} when this run began, is {is_now}; restore that code and allow it again"
+    return [Problem(OPTION, f"{message}, or name another folder with --out")]
+
+
+def _code_text(allowed: Mapping[str, str]) -> str:
+    """NAME@PIN, with the sha256 of its files where the pin is a commit; `none` where nothing was allowed."""
+    words = [name if digest in name else f"{name} (sha256 {digest})" for name, digest in sorted(allowed.items())]
+    return ", ".join(words) or "none"
+
+
+def settings_begun_with(path: Path) -> dict[str, Any] | None:
+    """The settings of the run in a folder; None if there is no run.
+
+    Raises:
+        UserError: its plan.json is none of ours.
+    """
+    return _read_plan(RunFolder(path))["settings"] if (path / "plan.json").is_file() else None
 
 
 def _read_plan(folder: RunFolder) -> dict[str, Any]:
@@ -284,6 +330,7 @@ def _lock(recipe_path: Path, overrides: Sequence[str], base: Base, data: DataSec
         "base_sha256": {file.name: sha256_of(file) for file in weight_files(base.facts.folder)},
         "tokenizer_sha256": {file.name: sha256_of(file) for file in tokenizer_files if file.is_file()},
         "data_sha256": {str(file): sha256_of(file) for file in files},
+        "foreign_code": trusted_code(),
         "template_sha256": plan.template_sha256,
         "date": data.date,
         "device": plan.model.device,

@@ -36,6 +36,7 @@ CONVERT += "from finetune.base import convert_in_child; convert_in_child(*sys.ar
 # (models/auto/tokenization_auto.py, MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS).
 REBUILT_TOKENIZERS = {"qwen2", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "siglip2"}
 REBUILT_TOKENIZERS |= {"hyperclovax_vision_v2"}
+EXPERT_BLOCK = 64  # values that share a scale in 4 bits
 MOST_OF_ANYTHING = 1 << 31  # layers, sizes, tokens
 LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 BYTES_PER_ELEMENT = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
@@ -466,6 +467,15 @@ def _expert_shapes(tensors: list[TensorEntry]) -> Iterator[ExpertShape]:
     for parameter, pieces in rows.items():
         count, width = len({number for number, _ in pieces}), next(iter(pieces.values())).shape[1]
         yield ExpertShape(parameter, count, sum(piece.shape[0] for piece in pieces.values()) // count, width)
+
+
+def is_quantizable_expert(tensor: TensorEntry) -> bool:
+    """Whether a stored tensor is an expert's matrix, or all experts' of a layer, whose rows are whole 4-bit blocks.
+
+    Where they are not, bitsandbytes' CPU code takes another value's scale (backends/cpu/ops.py, dequantize_4bit).
+    """
+    is_expert = bool(list(_expert_shapes([tensor]))) and not is_vision(tensor.name)
+    return is_expert and tensor.shape[-1] % EXPERT_BLOCK == 0
 
 
 def _refuse_overlaps(entries: dict[str, TensorEntry], ends: dict[str, int], first: int, size: int) -> None:

@@ -13,6 +13,7 @@ from finetune.machine import cache_folder
 # Everything here can be made again; a run that still reads an entry keeps reading it after it is removed.
 KINDS = {
     "bases": "weights that were read and hold neither NaN nor infinity, by file, size and time of change",
+    "kernels": "compiled code of this machine, by source, compiler and processor",
     "rehearsals": "proofs of small twins, by base, tokenizer, template, recipe and code",
     "tokens": "labelled rows, by the content of the data and of all that labels it",
     "tokenizers": "tokenizers converted to tokenizer.json, by their content",

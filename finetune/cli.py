@@ -15,7 +15,7 @@ import typer
 
 from finetune.cli_text import cache_text, check_text, plan_text, reading_line, stage_line, train_text
 from finetune.errors import FinetuneError, Interrupted, OutOfMemoryError, Problem, UserError
-from finetune.machine import go_offline, launched_rank, quiet_libraries, refuse_fetched_code, share_cores
+from finetune.machine import go_offline, launched_rank, prepare_libraries
 from finetune.stop import stop_on_signals
 from finetune.trust import allow_foreign_code, trusted_code, without_passwords
 
@@ -71,7 +71,7 @@ def train(
 ) -> None:
     """Train what the recipe asks for: recipe -> run folder."""
     rank, _, ranks = launched_rank()
-    with stop_on_signals(rank=rank, ranks=ranks) as stop:
+    with stop_on_signals(rank=rank, ranks=ranks, tell=_report) as stop:
         _prepare(offline, foreign_code)
         from finetune.run import run
 
@@ -533,10 +533,17 @@ def schema() -> None:
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    measure: Annotated[
+        bool, typer.Option("--calibrate", help="Measure how fast this machine is (about 10 s), for `plan`")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """One line per capability of this machine, with the cure where one is missing."""
-    from finetune.doctor import examine
+    from finetune.doctor import examine, measure_machine
 
+    if measure:
+        measure_machine()
     findings = examine()
     lines = [
         f"{'ok  ' if f.ok else 'no  '} {f.name:18} {f.found}" + (f" -> {f.cure}" if f.cure else "") for f in findings
@@ -565,7 +572,7 @@ def main() -> None:
         _report(OutOfMemoryError(Problem("memory", cure)))
         raise SystemExit(OutOfMemoryError.code) from None
     except Exception as error:
-        traceback.print_exc()
+        typer.echo(without_passwords(traceback.format_exc()), err=True)
         cure = "a bug in finetune; please report it with the lines above and your recipe"
         _report(FinetuneError(Problem(type(error).__name__, cure)))
         raise SystemExit(FinetuneError.code) from None
@@ -573,10 +580,8 @@ def main() -> None:
 
 def _prepare(offline: bool, foreign_code: str | None = None) -> None:
     """Before any library is imported: no telemetry or chatter, no code but what is allowed, no network if asked."""
-    quiet_libraries()
-    refuse_fetched_code()
+    prepare_libraries()
     allow_foreign_code(foreign_code)
-    share_cores()
     if offline:
         go_offline()
 

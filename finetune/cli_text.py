@@ -39,6 +39,7 @@ def plan_text(values: Mapping[str, Any]) -> str:
         "tokens_per_pass", "passes_per_step", "peak_memory_gib", "disk_gib",
     ]  # fmt: skip
     lines = [f"{key:22} {_number(values[key])}{'  (estimated)' if key in estimated else ''}" for key in numbers]
+    lines += _seconds(values)
     dropped = ", ".join(f"{count} {reason}" for reason, count in values["dropped"].items()) or "none"
     lines += [f"{'rows dropped':22} {dropped}"]
     if values["peak_memory_gib"] > values["device_memory_gib"]:
@@ -52,6 +53,19 @@ def plan_text(values: Mapping[str, Any]) -> str:
         for key, value in values["settings"].items()
     ]
     return "\n".join(lines)
+
+
+def _seconds(values: Mapping[str, Any]) -> list[str]:
+    """How long a step and all of them take, or how to find out."""
+    if values["seconds_per_step"] is None:
+        if "uncalibrated" not in values["estimated"]:
+            return []
+        return [f"{'seconds':22} unknown: finetune doctor --calibrate measures this machine, once"]
+    step, total = values["seconds_per_step"], values["seconds"]
+    length = (
+        f"{total:,.0f} s" if total < 120 else f"{total / 60:,.0f} min" if total < 7200 else f"{total / 3600:,.1f} h"
+    )
+    return [f"{'seconds_per_step':22} {step:,.3g}  (estimated)", f"{'seconds':22} {length}  (estimated)"]
 
 
 def _mark(key: str, defaults: set[str], estimated: set[str]) -> str:

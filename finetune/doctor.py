@@ -9,7 +9,8 @@ import shutil
 import sys
 from dataclasses import dataclass
 
-from finetune.machine import cache_folder, is_offline, probe_machine
+from finetune.calibration import calibrate, read_calibration
+from finetune.machine import Machine, cache_folder, is_offline, probe_machine
 
 NEEDED = (
     "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl", "tokenizers", "safetensors",
@@ -36,6 +37,7 @@ def examine() -> list[Finding]:
         Finding("device", True, f"{machine.device}: {machine.device_name}, {machine.cores} cores"),
         Finding("memory", True, f"{machine.memory_gib:.1f} GiB, on the device {machine.device_memory_gib:.1f} GiB"),
         _bfloat16(machine.computes_bfloat16),
+        _speed(machine),
         *(_library(name) for name in NEEDED),
         *(Finding(name, True, _version(name) or "not installed (only for output.log_to)") for name in LOGGERS),
         _cache(),
@@ -43,6 +45,25 @@ def examine() -> list[Finding]:
             "network", True, "forbidden by HF_HUB_OFFLINE" if is_offline() else "allowed, for bases a recipe names"
         ),
     ]
+
+
+def measure_machine() -> None:
+    """Measure how fast this machine is and keep the figures; about ten seconds.
+
+    Raises:
+        UserError: it cannot be measured.
+    """
+    calibrate(probe_machine())
+
+
+def _speed(machine: Machine) -> Finding:
+    """What `plan` counts with; a machine that was never measured lacks nothing but the seconds in its plans."""
+    found = read_calibration(machine)
+    if found is None:
+        return Finding("speed", True, "not measured: plan shows no seconds (finetune doctor --calibrate)")
+    rates = {dtype: max(rate for _, rate in points) / 1e12 for dtype, points in found.products.items()}
+    told = ", ".join(f"{dtype} {rate:.2f} TFLOP/s" for dtype, rate in rates.items())
+    return Finding("speed", True, f"{told}, memory {found.bytes_per_second / 1e9:.0f} GB/s")
 
 
 def _python() -> Finding:

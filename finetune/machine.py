@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import platform
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GIB = 2**30
+UNSETTLED_GIB = 0.25
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,95 @@ def share_cores() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def forget_products() -> None:
+    """Let oneDNN keep the programs of few products; set before torch is imported.
+
+    It writes one for every shape and keeps a thousand. Every pass has another length, so that few are used again, and a
+    run of a small model would double its memory by them.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+
+
+def prepare_libraries() -> None:
+    """What every process of ours sets before it imports a library."""
+    quiet_libraries()
+    refuse_fetched_code()
+    share_cores()
+    forget_products()
+
+
+def return_freed_memory() -> None:
+    """Give the system back what this process has freed; C's allocator keeps it (glibc; elsewhere nothing happens)."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+
+
+def settle_memory(before_gib: float) -> float:
+    """Return freed memory if this process holds much more than `before_gib`; what it then holds, for the next time.
+
+    Passes of changing lengths leave holes that C's allocator seldom fills: without this a run's memory grows for hours.
+    """
+    held_gib = resident_gib()
+    if held_gib - before_gib < UNSETTLED_GIB:
+        return before_gib
+    return_freed_memory()
+    return resident_gib()
+
+
+def resident_gib() -> float:
+    """What this process holds in memory now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
+    return pages * os.sysconf("SC_PAGE_SIZE") / GIB
+
+
+def free_memory_gib(device: str = "cpu") -> float | None:
+    """What is left of a device's memory now: on a CPU the machine's, or its control group's; None if unknown.
+
+    The only fact here that changes from one minute to the next: it may refuse to start a run, never lay one out.
+    """
+    if device == "cuda":
+        free_mib = _ask_gpu("memory.free")
+        return float(free_mib[0]) / 1024 if free_mib else None
+    found = [_available_bytes(), *_left_in_groups()]
+    known = [each for each in found if each is not None]
+    return min(known) / GIB if known else None
+
+
+def _available_bytes() -> int | None:
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _left_in_groups(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Limit less use, in this process's control groups and those above (version 2 or 1); their cache counts as free."""
+    found = []
+    for line in groups.read_text().splitlines() if groups.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in {"", "memory"}:
+            continue
+        top = root / controllers
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        for folder in [top / path.strip("/"), *(top / path.strip("/")).parents]:
+            if not folder.is_relative_to(top):
+                break
+            found += _left_in_group(folder, *names)
+    return found
+
+
+def _left_in_group(folder: Path, limit: str, used: str) -> list[int]:
+    try:
+        most, taken = (folder / limit).read_text().strip(), int((folder / used).read_text())
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):
+        return []
+    cached = next(
+        (int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "total_inactive_file "))), 0
+    )
+    return [int(most) - taken + cached] if most.isdecimal() and int(most) < 2**60 else []
+
+
 def _total_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -104,12 +195,19 @@ def _first_gpu() -> tuple[str, float, int] | None:
     """Name, memory in GiB and major compute capability of the first visible NVIDIA GPU, or None."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"} or not shutil.which("nvidia-smi"):
         return None
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    if not (answer := _ask_gpu("name,memory.total,compute_cap")):
+        return None
+    name, memory_mib, capability = answer
+    return name, float(memory_mib) / 1024, int(capability.split(".")[0])
+
+
+def _ask_gpu(facts: str) -> list[str] | None:
+    """What the driver says of the first GPU."""
+    query = ["nvidia-smi", f"--query-gpu={facts}", "--format=csv,noheader,nounits"]
     answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
     if answer.returncode or not answer.stdout.strip():
         return None
-    name, memory_mib, capability = (part.strip() for part in answer.stdout.splitlines()[0].split(","))
-    return name, float(memory_mib) / 1024, int(capability.split(".")[0])
+    return [part.strip() for part in answer.stdout.splitlines()[0].split(",")]
 
 
 def _cpu_flags() -> frozenset[str]:

@@ -12,31 +12,25 @@ from typing import Any
 import numpy as np
 
 from finetune.adapter_plan import AdapterPlan as AdapterPlan
-from finetune.adapter_plan import count_parameters, count_stored, plan_adapter
+from finetune.adapter_plan import count_parameters, count_stored, in_layers, is_target, plan_adapter, rank_of
 from finetune.adapter_plan import count_trainable as count_trainable
 from finetune.adapter_problems import adapter_problems
 from finetune.base import BaseFacts
+from finetune.calibration import Calibration
 from finetune.errors import Problem, raise_problems
-from finetune.layout import Mixture, count_steps, cut_into_passes, lay_out_steps
+from finetune.layout import Mixture, count_steps, lay_out_steps
 from finetune.machine import GIB, Machine
+from finetune.plan_cost import Costs, count_steps_contents, peak_memory_gib, seconds_per_step
+from finetune.plan_layout import AUTO_TOKENS_PER_PASS as AUTO_TOKENS_PER_PASS
+from finetune.plan_layout import Layout, layout_problems, possible_layouts
 from finetune.recipe import Recipe
 
-# Bits a frozen weight takes. NF4, double quantised: 4 + 8/64 + 32/(64*256) (QLoRA, arXiv:2305.14314, section 3).
-STORED_BITS = {"nf4": 4.127, "fp4": 4.127, "int8": 8.0}
 CHECKPOINT_BYTES_PER_PARAMETER = {"adamw": 12, "adamw-8bit": 6, "paged-adamw-8bit": 6}  # weight and two moments
 CHECKPOINT_BYTES_PER_STEP = 200  # the trainer's own log
 CHECKPOINT_BYTES_BESIDE = 100_000  # random states, names, manifest
-ADAPTER_BYTES_PER_PARAMETER = {"adamw": 16, "adamw-8bit": 10, "paged-adamw-8bit": 10}  # weight, gradient, two moments
+SURELY_NEEDED = 0.9  # of the memory that is estimated
+MOST_OF_MEMORY = 0.8  # of the machine's, that a layout left to `auto` may take
 STEPS_LAID_OUT = 5000  # so many steps are laid out to count their passes
-AUTO_TOKENS_PER_PASS = {"cpu": 2048, "cuda": 8192}
-RUNTIME_GIB = {"cpu": 1.3, "cuda": 1.2}  # the libraries themselves, before a weight is loaded
-GATHERED_LOGITS_BYTES = (
-    18  # per entry: logits and their gradient, each in the compute dtype and in float32, log-softmax
-)
-# Inputs and outputs of every linear module are kept for the backward pass; with what lies between (norms, rotary
-# positions, the adapters' own products, casts) this many times as much. Fitted to a 160M LLaMA on a CPU:
-# benchmarks/training_speed.py measures 4.8 GiB.
-KEPT_PER_LINEAR = 3.5
 
 
 @dataclass(frozen=True)
@@ -96,6 +90,7 @@ class TrainPlan:
     keep_checkpoints: int
     log_to: tuple[str, ...]
     learning_rate_ratio: float = 1.0  # of an adapter's B to that of everything else (LoRA+)
+    speedups: tuple[str, ...] = ()  # what our own code computes of a pass: names of plan_layout.SPEEDUPS
 
 
 @dataclass(frozen=True)
@@ -124,6 +119,8 @@ class Plan:
     passes_per_step: float  # mean over the run
     peak_memory_gib: float
     disk_gib: float
+    seconds_per_step: float | None  # None: this machine is not calibrated
+    seconds: float | None  # of all steps, without evaluations and saves
     settings: Mapping[str, Any]  # the recipe's keys, resolved
     defaults: tuple[str, ...]  # those of them that nobody wrote
     estimated: tuple[str, ...]
@@ -133,15 +130,20 @@ class Plan:
         return {"steps": self.train.steps, "tokens_per_pass": self.train.tokens_per_pass, **_plain(asdict(self))}
 
 
-def make_plan(
+def make_plan(  # noqa: PLR0913 - all that a plan follows from
     recipe: Recipe,
     machine: Machine,
     base: BaseFacts,
     data: DataFacts,
     *,
     token_ids: Mapping[str, int | None] = MappingProxyType({}),
+    begun: Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """The resolved run; the same arguments always give the same plan. `token_ids`: those of adapter.train_tokens.
+
+    `begun`: the settings in plan.json of a run that goes on, whose layout it keeps. Without a `calibration` of this
+    machine the seconds are None.
 
     Raises:
         UserError: targets that the base does not have, a dtype the machine cannot compute, or rows longer than the
@@ -150,10 +152,16 @@ def make_plan(
     adapter = plan_adapter(recipe, base, token_ids)
     problems = adapter_problems(recipe, adapter, base, token_ids)
     problems += _machine_problems(recipe, machine) + _context_problems(recipe, base, data)
-    raise_problems(problems)
+    raise_problems([*problems, *layout_problems(recipe, base)])
     dtype = _resolve_dtype(recipe, machine)
-    train = _train_plan(recipe, machine, data, dtype)
-    stored = count_stored(adapter, base)
+    longest = int(data.train_tokens.max())
+    for layout in possible_layouts(recipe, base, longest=longest, device=machine.device, begun=begun):
+        train = _train_plan(recipe, machine, data, dtype, layout)
+        costs = _costs(recipe, base, data, train, adapter)
+        if peak_memory_gib(costs) <= MOST_OF_MEMORY * machine.device_memory_gib:
+            break
+    # How many experts a token meets is not among the facts of a base.
+    seconds = seconds_per_step(costs, calibration) if calibration and not base.experts else None
     return Plan(
         name=recipe.name,
         run_folder=recipe.run_folder,
@@ -172,14 +180,20 @@ def make_plan(
         template=data.template,
         template_sha256=data.template_sha256,
         stop_token_ids=data.stop_token_ids,
-        trainable_parameters=count_parameters(adapter, base),
+        trainable_parameters=costs.trainable,
         base_parameters=base.parameters,
-        passes_per_step=_passes_per_step(train, data),
-        peak_memory_gib=round(_peak_memory_gib(recipe, base, data, train, stored), 3),
-        disk_gib=round((run_bytes(train, stored) + base.stored_bytes) / GIB, 3),  # with the merged weights
-        settings=_settings(recipe, train, adapter, data, dtype),
+        passes_per_step=costs.steps.passes,
+        peak_memory_gib=round(peak_memory_gib(costs, calibration), 3),
+        seconds_per_step=None if seconds is None else round(seconds, 4),
+        seconds=None if seconds is None else round(seconds * train.steps, 1),
+        disk_gib=round((run_bytes(train, costs.stored) + base.stored_bytes) / GIB, 3),  # with the merged weights
+        settings=_settings(recipe, train, adapter, data, layout),
         defaults=tuple(key for key in recipe.settings() if key not in recipe.given_keys()),
-        estimated=("peak_memory_gib", "disk_gib", *(["passes_per_step"] if train.steps > STEPS_LAID_OUT else [])),
+        estimated=(
+            *("peak_memory_gib", "disk_gib"),
+            *(["passes_per_step"] if train.steps > STEPS_LAID_OUT else []),
+            *(["uncalibrated"] if calibration is None else ["seconds_per_step", "seconds"] if seconds else []),
+        ),
     )
 
 
@@ -191,13 +205,26 @@ def run_bytes(train: TrainPlan, trainable: int) -> int:
     return min(train.keep_checkpoints + 1, saves) * checkpoint + 4 * trainable
 
 
-def _passes_per_step(train: TrainPlan, data: DataFacts) -> float:
-    """The mean over the run; of a very long run over its first steps."""
+def _costs(recipe: Recipe, base: BaseFacts, data: DataFacts, train: TrainPlan, adapter: AdapterPlan) -> Costs:
+    """What decides memory and time; of a very long run its first steps."""
     steps = min(train.steps, STEPS_LAID_OUT)
     layout = lay_out_steps(train.mixture, batch_size=train.batch_size, steps=steps, seed=train.seed)
-    tokens = data.train_tokens.tolist()
-    passes = [cut_into_passes([tokens[i] for i in step], tokens_per_pass=train.tokens_per_pass) for step in layout]
-    return sum(map(len, passes)) / steps
+    targets = [each for each in in_layers(base.linears, adapter) if is_target(each.module, adapter.targets)]
+    return Costs(
+        base=base,
+        quantization=recipe.model.quantization,
+        dtype=train.dtype,
+        device=train.device,
+        optimizer=train.optimizer,
+        trainable=count_parameters(adapter, base),
+        stored=count_stored(adapter, base),
+        ranks=sum(rank_of(adapter, each.module) for each in targets),
+        recompute=train.recompute,
+        speedups=train.speedups,
+        steps=count_steps_contents(
+            layout, data.train_tokens, data.train_supervised, tokens_per_pass=train.tokens_per_pass
+        ),
+    )
 
 
 def _machine_problems(recipe: Recipe, machine: Machine) -> list[Problem]:
@@ -240,12 +267,11 @@ def _model_plan(recipe: Recipe, machine: Machine, base: BaseFacts, dtype: str) -
     )
 
 
-def _train_plan(recipe: Recipe, machine: Machine, data: DataFacts, dtype: str) -> TrainPlan:
+def _train_plan(recipe: Recipe, machine: Machine, data: DataFacts, dtype: str, layout: Layout) -> TrainPlan:
     asked = recipe.train
     mixture = Mixture(data.source_examples, data.source_weights)
     per_epoch = mixture.examples_per_epoch
     steps = asked.max_steps or count_steps(per_epoch, batch_size=asked.batch_size, epochs=asked.epochs)
-    automatic = max(AUTO_TOKENS_PER_PASS[machine.device], int(data.train_tokens.max()))
     warmup_steps = asked.warmup if isinstance(asked.warmup, int) else math.ceil(asked.warmup * steps)
     return TrainPlan(
         steps=steps,
@@ -259,8 +285,8 @@ def _train_plan(recipe: Recipe, machine: Machine, data: DataFacts, dtype: str) -
         adam_epsilon=1e-8,
         weight_decay=asked.weight_decay,
         max_grad_norm=asked.max_grad_norm,
-        tokens_per_pass=automatic if asked.tokens_per_pass == "auto" else asked.tokens_per_pass,
-        recompute=asked.recompute == "all",
+        tokens_per_pass=layout.tokens_per_pass,
+        recompute=layout.recompute,
         dtype=dtype,
         device=machine.device,
         seed=recipe.seed,
@@ -269,47 +295,36 @@ def _train_plan(recipe: Recipe, machine: Machine, data: DataFacts, dtype: str) -
         keep_checkpoints=recipe.output.keep_checkpoints,
         log_to=recipe.output.log_to,
         learning_rate_ratio=recipe.adapter.learning_rate_ratio,
+        speedups=layout.speedups,
     )
 
 
-def _peak_memory_gib(recipe: Recipe, base: BaseFacts, data: DataFacts, train: TrainPlan, trainable: int) -> float:
-    """Arithmetic estimate: runtime + stored weights + adapters + activations and logits of the largest pass."""
-    element_bytes = 4 if train.dtype == "float32" else 2
-    in_linears = sum(linear.in_features * linear.out_features for linear in base.linears)
-    linear_bits = STORED_BITS.get(recipe.model.quantization, 8 * element_bytes)
-    weights = in_linears * linear_bits / 8 + (base.parameters - in_linears) * element_bytes
-    adapters = trainable * ADAPTER_BYTES_PER_PARAMETER[train.optimizer]
-    pass_tokens = max(min(train.tokens_per_pass, int(np.sort(data.train_tokens)[-train.batch_size :].sum())), 1)
-    kept_per_layer = sum(linear.in_features + linear.out_features for linear in base.linears) / max(base.layers, 1)
-    layers_kept = 1 if train.recompute else base.layers
-    activations = pass_tokens * kept_per_layer * layers_kept * element_bytes * KEPT_PER_LINEAR
-    activations += pass_tokens * base.hidden_size * base.layers * element_bytes
-    supervised_share = float(data.train_supervised.sum()) / max(int(data.train_tokens.sum()), 1)
-    logits = pass_tokens * supervised_share * base.vocabulary * GATHERED_LOGITS_BYTES
-    return RUNTIME_GIB[train.device] + (weights + adapters + activations + logits) / GIB
-
-
-def memory_problem(plan: Plan, machine: Machine) -> Problem | None:
-    """What to lower if the run does not fit the machine; None if it does."""
+def memory_problem(plan: Plan, machine: Machine, *, free_gib: float | None = None) -> Problem | None:
+    """What to lower if the run does not fit the machine, or what is free of its memory now; None if it does."""
+    has, lower = f"{machine.device_memory_gib:.1f} GiB", "lower"
     if plan.peak_memory_gib <= machine.device_memory_gib:
-        return None
+        if free_gib is None or plan.peak_memory_gib * SURELY_NEEDED <= free_gib:
+            return None
+        has, lower = f"{free_gib:.1f} of {has} free now", "end other programs, lower"
     message = (
-        f"about {plan.peak_memory_gib:.1f} GiB are needed, {machine.device_name} has "
-        f"{machine.device_memory_gib:.1f} GiB; lower train.tokens_per_pass (now {plan.train.tokens_per_pass}), set "
-        "train.recompute: all, or model.quantization: nf4"
+        f"about {plan.peak_memory_gib:.1f} GiB are needed, {machine.device_name} has {has}; {lower} "
+        f"train.tokens_per_pass (now {plan.train.tokens_per_pass}), "
+        "set train.recompute: all, or model.quantization: nf4"
     )
     return Problem("memory", message)
 
 
-def _settings(recipe: Recipe, train: TrainPlan, adapter: AdapterPlan, data: DataFacts, dtype: str) -> dict[str, Any]:
-    return recipe.settings() | {
-        "model.dtype": dtype,
+def _settings(
+    recipe: Recipe, train: TrainPlan, adapter: AdapterPlan, data: DataFacts, layout: Layout
+) -> dict[str, Any]:
+    return {
+        **recipe.settings(),
+        **layout.settings(),
+        "model.dtype": train.dtype,
         "adapter.targets": [*adapter.targets, *adapter.experts],
         "adapter.block_size": adapter.block_size or None,
         "data.format": data.format,
         "data.template": data.template,
-        "train.tokens_per_pass": train.tokens_per_pass,
-        "train.recompute": "all" if train.recompute else "none",
         "train.warmup": train.warmup_steps,
         "train.max_steps": train.steps,
     }

@@ -27,6 +27,7 @@ def _only_name_in_braces(folder: str) -> str:
 
 
 Logger = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+Speedup = Literal["attention", "linears", "weights", "layers", "head", "prefix"]
 DropReason = Literal[  # the reasons of finetune/data/rows.py
     "invalid_json",
     "invalid_text",
@@ -177,6 +178,16 @@ class TrainSection(Section):
     )
     recompute: Literal["auto", "none", "all"] = Field(
         default="auto", description="Recompute activations to save memory; changes speed and memory only"
+    )
+    speedups: Annotated[
+        Literal["auto", "none"]
+        | Annotated[
+            tuple[Speedup, ...], Field(min_length=1, json_schema_extra=UNIQUE_ITEMS), AfterValidator(each_once)
+        ],
+        Expects("auto, none, or a list of attention, linears, weights, layers, head, prefix, each once"),
+    ] = Field(
+        default="auto",
+        description="Parts of a pass computed by our own code, not the libraries'; changes speed and memory only",
     )
     learning_rate: Annotated[float, Field(gt=0)] = Field(
         default=2e-4, description="Highest learning rate of the schedule"

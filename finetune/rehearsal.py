@@ -189,6 +189,6 @@ def _key(recipe: Recipe, base: Base) -> str:
 
 
 def _code_sha256() -> str:
-    files = sorted(PACKAGE.rglob("*.py"))
+    files = sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.c")])
     versions = [importlib.metadata.version(name) for name in LIBRARIES]
     return sha256(f"{sha256_of(*files)} {versions}".encode()).hexdigest()

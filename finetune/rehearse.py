@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import FinetuneError, Problem, ProofError, UserError
-from finetune.machine import quiet_libraries, refuse_fetched_code, share_cores
+from finetune.machine import prepare_libraries
 from finetune.rehearsal import SAVED_AT, STEPS
 from finetune.trust import is_trusted, take_over
 
@@ -61,9 +61,7 @@ class Rehearsal:
 def main() -> None:
     """Arguments: the twin's recipe, the base's folder, its stored dtype, a work folder, the code that is allowed."""
     recipe, base, stored_dtype, work, trusted = sys.argv[1:]
-    quiet_libraries()
-    refuse_fetched_code()
-    share_cores()
+    prepare_libraries()
     take_over(trusted)
     _say({"answer": carry_out(Path(recipe), Path(base), stored_dtype, Path(work))})
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finetune.artifact import settings_begun_with
 from finetune.base import Base, is_here, read_base
+from finetune.calibration import read_calibration
 from finetune.data.cached import Progress
 from finetune.data.prepare import PreparedData, prepare_data
 from finetune.errors import UserError
@@ -35,10 +37,12 @@ def resolve(
     out: Path | None = None,
     progress: Progress | None = None,
     weights: bool = True,
+    resume: bool = False,
 ) -> Resolved:
     """Recipe, base facts, data and plan; `out` is a run folder in place of the recipe's.
 
-    A base that is not here is fetched; without `weights` no more of it than a plan needs.
+    A base that is not here is fetched; without `weights` no more of it than a plan needs. With `resume` the layout that
+    the recipe leaves open is that of the run in the folder.
 
     Raises:
         UserError: all problems of the first of recipe, base and data, and plan that has any.
@@ -46,7 +50,17 @@ def resolve(
     recipe = load_recipe(recipe_path, overrides)
     base, data = _read_base_and_data(recipe, progress, weights=weights)
     token_ids = base.token_ids(recipe.adapter.train_tokens)
-    plan = make_plan(recipe, probe_machine(), base.facts, data.facts, token_ids=token_ids)
+    begun = settings_begun_with(out or recipe.run_folder) if resume else None
+    machine = probe_machine()
+    plan = make_plan(
+        recipe,
+        machine,
+        base.facts,
+        data.facts,
+        token_ids=token_ids,
+        begun=begun,
+        calibration=read_calibration(machine),
+    )
     return Resolved(recipe, base, data, replace(plan, run_folder=out) if out else plan)
 
 

@@ -57,6 +57,7 @@ KEYS = {
     "train.batch_size": MUST_MATCH,
     "train.tokens_per_pass": LAYOUT,
     "train.recompute": LAYOUT,
+    "train.speedups": LAYOUT,
     "train.learning_rate": MUST_MATCH,
     "train.schedule": MUST_MATCH,
     "train.warmup": MUST_MATCH,

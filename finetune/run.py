@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from finetune.artifact import RunFolder, open_run_folder, refuse_unusable
 from finetune.data.cached import Progress
 from finetune.disk import refuse_full_disk
-from finetune.errors import FinetuneError, OutOfMemoryError, Problem, UserError
-from finetune.machine import launched_rank, probe_machine
+from finetune.errors import OutOfMemoryError, Problem, UserError
+from finetune.machine import free_memory_gib, launched_rank, probe_machine, return_freed_memory
 from finetune.plan import memory_problem
 from finetune.resolve import Resolved, resolve
 from finetune.run_lock import LOCK, only_run_in
-from finetune.stop import Stopped, StopSignal
+from finetune.stop import StopSignal
 from finetune.train.memory import out_of_memory_told
-from finetune.train.ranks import Ranks, joined_ranks, note_exit
+from finetune.train.ranks import Ranks, joined_ranks
 
 MAY_CHANGE = ("world_size",)  # what --allow-change lets a run go on with
 Reading = Callable[[], AbstractContextManager[Progress | None]]
@@ -42,16 +43,18 @@ def run(  # noqa: PLR0913 - what the command line can say
         UserError, NumericsError: see the stages; nothing is written before the plan is resolved.
         OutOfMemoryError: the plan needs more memory than the machine has.
         Stopped: `stop` has got a signal; what was trained is saved.
+        WorkerError: another rank is gone or hangs.
     """
     _refuse_unknown_changes(allow_change)
     stop = stop or StopSignal()
-    with joined_ranks(*launched_rank()) as ranks, ExitStack() as held:
-        resolved = ranks.first_alone(lambda: _resolve(recipe_path, overrides, out, reading))
-        resolved = resolved or _resolve(recipe_path, overrides, out)  # finds the rows where the first rank put them
+    with joined_ranks(*launched_rank(), stop=stop) as ranks, ExitStack() as held:
+        resolved = ranks.first_alone(lambda: _resolve(recipe_path, overrides, out, reading, resume=resume))
+        # The others find the rows where the first rank put them.
+        resolved = resolved or _resolve(recipe_path, overrides, out, resume=resume)
         folder = RunFolder(resolved.plan.run_folder)
         ranks.first_alone(lambda: _refuse_too_large(resolved))
         ranks.first_alone(lambda: _hold(held, resolved, resume=resume))
-        with _exit_noted(folder, ranks, stop):
+        with ranks.ends_noted(folder.path, stop):
             ranks.first_alone(
                 lambda: open_run_folder(
                     resolved.plan, recipe_path, overrides, resolved.base, resolved.recipe.data, resume=resume
@@ -67,6 +70,7 @@ def run(  # noqa: PLR0913 - what the command line can say
 def _train(folder: RunFolder, resolved: Resolved, stop: StopSignal, ranks: Ranks) -> None:
     # Only now torch and the libraries around it: what is wrong with the input is said before their seconds of import.
     from finetune.model.adapter import attach_adapter, save_adapter
+    from finetune.model.fast.speed_up import left_told, record, speed_up
     from finetune.model.load import load_base, load_tokenizer
     from finetune.train.train import train
 
@@ -74,7 +78,10 @@ def _train(folder: RunFolder, resolved: Resolved, stop: StopSignal, ranks: Ranks
     where = f"cuda:{launched_rank()[1]}" if plan.model.device == "cuda" else plan.model.device
     with out_of_memory_told(lambda: "loading the base"):
         model = attach_adapter(load_base(replace(plan.model, device=where)), plan.adapter, base=plan.model.base)
+        swapped = speed_up(model, plan.train.speedups)
         tokenizer = load_tokenizer(base.tokenizer_folder)
+    return_freed_memory()  # of loading, before the passes take theirs
+    ranks.first_alone(lambda: _tell(folder, [*left_told(swapped), *folder.keep_speedups(record(swapped))]))
     result = train(
         plan.train,
         model,
@@ -93,13 +100,20 @@ def _train(folder: RunFolder, resolved: Resolved, stop: StopSignal, ranks: Ranks
     ranks.first_alone(publish)
 
 
-def _resolve(recipe_path: Path, overrides: Sequence[str], out: Path | None, reading: Reading = nullcontext) -> Resolved:
+def _tell(folder: RunFolder, lines: Sequence[str]) -> None:
+    sys.stderr.write("".join(f"{folder.path}: {line}\n" for line in lines))
+
+
+def _resolve(
+    recipe_path: Path, overrides: Sequence[str], out: Path | None, reading: Reading = nullcontext, *, resume: bool
+) -> Resolved:
     with reading() as progress:
-        return resolve(recipe_path, overrides, out=out, progress=progress)
+        return resolve(recipe_path, overrides, out=out, progress=progress, resume=resume)
 
 
 def _refuse_too_large(resolved: Resolved) -> None:
-    if problem := memory_problem(resolved.plan, probe_machine()):
+    free_gib = free_memory_gib(resolved.plan.model.device)
+    if problem := memory_problem(resolved.plan, probe_machine(), free_gib=free_gib):
         raise OutOfMemoryError(problem)
 
 
@@ -112,27 +126,6 @@ def _hold(held: ExitStack, resolved: Resolved, *, resume: bool) -> None:
     refuse_unusable(resolved.plan, resume=resume)
     if not was_held:
         held.enter_context(only_run_in(folder))
-
-
-@contextmanager
-def _exit_noted(folder: RunFolder, ranks: Ranks, stop: StopSignal) -> Iterator[None]:
-    """Every rank's exit code in exit.json: torchrun itself answers 1 for all of them."""
-    if ranks.count == 1:
-        yield
-        return
-    file, code = folder.path / "exit.json", 1
-    ranks.first_alone(lambda: file.unlink(missing_ok=True))
-    try:
-        yield
-        code = 0
-    except FinetuneError as error:
-        code = error.code
-        raise
-    except Stopped:
-        code = 128 + stop.number
-        raise
-    finally:
-        note_exit(file, rank=ranks.rank, code=code)
 
 
 def _refuse_unknown_changes(names: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from finetune.errors import Problem, UserError, raise_problems
 
 OPTION = "--trust-remote-code"
 PERMISSION = re.compile(r"(.+)@([0-9a-f]{40}|[0-9a-f]{64})")
+HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # Files of a model folder that libraries read settings from.
 SETTINGS = (
@@ -115,8 +116,8 @@ def code_sha256(folder: Path) -> str | None:
 
 
 def without_passwords(text: str) -> str:
-    """The text with `***` for what stands before the @ of an address."""
-    return re.sub(r"(\w://)[^/\s@]+@", r"\1***@", text)
+    """The text with `***` for what stands before the @ of an address, and for a token of the hub."""
+    return HUB_TOKEN.sub("hf_***", re.sub(r"(\w://)[^/\s@]+@", r"\1***@", text))
 
 
 def _settings(folder: Path) -> Iterator[tuple[Path, Any]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.base import BaseFacts, ExpertShape, LinearShape
+from finetune.calibration import read_calibration
 from finetune.data.estimate import estimate_facts
 from finetune.data.template import template_without_base
 from finetune.families import Family, Model, Shape, count_parameters, find_family, has_experts
@@ -47,8 +48,11 @@ def plan_unseen(recipe: Recipe, model: Model) -> dict[str, Any]:
     per_token = BYTES_PER_TOKEN_LARGE if large else BYTES_PER_TOKEN
     data = estimate_facts(recipe.data, template, bytes_per_token=per_token)
     rows = {token: row for row, token in enumerate(recipe.adapter.train_tokens)}  # which ones is not known here
-    values = make_plan(recipe, probe_machine(), facts, data, token_ids=rows).to_json()
-    return values | dict.fromkeys(UNKNOWN) | {"estimated": list(ESTIMATED)}
+    machine = probe_machine()
+    calibration = read_calibration(machine)
+    values = make_plan(recipe, machine, facts, data, token_ids=rows, calibration=calibration).to_json()
+    of_time = ["seconds_per_step", "seconds"] if calibration else ["uncalibrated"]
+    return values | dict.fromkeys(UNKNOWN) | {"estimated": [*ESTIMATED, *of_time]}
 
 
 def table_facts(model: Model, *, revision: str | None = None) -> BaseFacts:

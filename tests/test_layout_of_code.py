@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "finetune"
 
 # A room may import itself and the rooms named here.
-FACTS = {"errors", "machine", "trust", "base", "recipe", "layout", "adapter_plan", "plan"}
+FACTS = {"errors", "machine", "trust", "base", "recipe", "layout", "adapter_plan", "plan", "calibration"}
 ALLOWED = {
     "errors": set(),
     "machine": {"errors"},
@@ -27,13 +27,18 @@ ALLOWED = {
     "shipped": {"errors", "recipe", "recipe_problems"},
     "trust": {"errors"},
     "fetch": {"errors", "machine", "trust"},
-    "base": {"errors", "machine", "trust", "fetch"},
+    "base": {"errors", "machine", "trust", "fetch", "families"},
     "adapter_plan": {"recipe", "recipe_adapter", "base"},
     "adapter_problems": {"errors", "recipe", "recipe_adapter", "base", "adapter_plan"},
-    "plan": {"errors", "machine", "recipe", "base", "layout", "adapter_plan", "adapter_problems"},
-    "doctor": {"machine"},
+    "calibration": {"errors", "machine"},
+    "calibrate": {"machine", "train"},
+    "plan_layout": {"errors", "recipe", "base"},
+    "plan_cost": {"base", "calibration", "layout", "machine"},
+    "plan": {"errors", "machine", "recipe", "base", "layout", "adapter_plan", "adapter_problems", "plan_layout"}
+    | {"plan_cost", "calibration"},
+    "doctor": {"machine", "calibration"},
     "data": FACTS,
-    "model": FACTS,
+    "model": FACTS | {"families"},
     "train": FACTS | {"data", "model", "stop"},
     "stop": {"errors"},
     "run_lock": {"errors"},
@@ -41,7 +46,7 @@ ALLOWED = {
     "disk": {"errors", "machine", "plan"},
     "artifact": FACTS | {"data", "resume_keys"},
     "unseen": FACTS | {"data", "families"},
-    "resolve": FACTS | {"data", "families", "unseen"},
+    "resolve": FACTS | {"data", "families", "unseen", "artifact"},
     "release": FACTS | {"data", "model", "train", "artifact", "resolve"},
     "use": FACTS | {"data", "model", "train", "artifact", "resolve"},
     "run": FACTS | {"data", "model", "train", "artifact", "resolve", "stop", "run_lock", "disk"},

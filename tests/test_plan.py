@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from finetune.base import read_base
+from finetune.calibration import Calibration
 from finetune.data.prepare import prepare_data
 from finetune.errors import OutOfMemoryError, UserError
 from finetune.machine import Machine
@@ -65,6 +67,7 @@ ONE_OTHER_VALUE_PER_KEY: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.batch_size": (5, {}),
     "train.tokens_per_pass": (64, {}),
     "train.recompute": ("all", {}),
+    "train.speedups": (["layers"], {}),
     "train.learning_rate": (1e-3, {}),
     "train.schedule": ("linear", {}),
     "train.warmup": (4, {}),
@@ -171,6 +174,55 @@ def test_dora_trains_a_magnitude_for_every_output(here: Path) -> None:
     assert difference == sum(shape.out_features for shape in shapes if shape.leaf in targets)
 
 
+def test_speedups_are_all_that_apply(here: Path) -> None:
+    every = ("attention", "linears", "weights", "layers", "head", "prefix")
+    assert plan_of().train.speedups == every
+    assert plan_of().settings["train.speedups"] == list(every)
+    assert plan_of(**{"adapter.dropout": 0.1}).train.speedups == every[:5]
+    assert plan_of(**{"train.speedups": ["head", "linears"]}).train.speedups == ("linears", "head")
+    none = plan_of(**{"train.speedups": "none"})
+    assert (none.train.speedups, none.settings["train.speedups"]) == ((), "none")
+
+
+def test_a_base_with_other_attention_keeps_it(here: Path) -> None:
+    recipe = recipe_with()
+    base = read_base(recipe.model.base)
+    data = prepare_data(recipe.data, base, seed=recipe.seed)
+    windowed = replace(base.facts, isolates_by_documents=False)
+    assert make_plan(recipe, CPU, windowed, data.facts).train.speedups == ("linears", "weights", "layers", "head")
+    asked = recipe_with(**{"train.speedups": ["attention", "prefix"]})
+    with pytest.raises(UserError) as caught:
+        make_plan(asked, CPU, windowed, data.facts)
+    assert len(caught.value.problems) == 2
+    assert "train.speedups: attention is for bases with plain causal attention in every layer; leave it out" in str(
+        caught.value
+    )
+
+
+def test_a_speedup_that_cannot_be_had_is_refused_by_name(here: Path) -> None:
+    (alone,) = refusal(**{"train.speedups": ["weights"]})
+    assert alone.startswith("train.speedups: weights are those of linears, which has to stand beside it; leave it out")
+    (dropped,) = refusal(**{"train.speedups": ["attention", "prefix"], "adapter.dropout": 0.5})
+    assert dropped.startswith("train.speedups: prefix cannot go with adapter.dropout")
+
+
+def test_what_is_left_open_is_taken_from_the_run_that_began(here: Path) -> None:
+    recipe = recipe_with()
+    base = read_base(recipe.model.base)
+    facts = prepare_data(recipe.data, base, seed=recipe.seed).facts
+
+    def went_on(recipe: Recipe, **begun: Any) -> tuple[int, bool, tuple[str, ...]]:
+        train = make_plan(recipe, CPU, base.facts, facts, begun=begun).train
+        return train.tokens_per_pass, train.recompute, train.speedups
+
+    before = {"train.tokens_per_pass": 77, "train.recompute": "all", "train.speedups": ["head"]}
+    assert went_on(recipe, **before) == (77, True, ("head",))
+    assert went_on(recipe, **{**before, "train.speedups": "none"}) == (77, True, ())
+    assert went_on(recipe, **{"train.tokens_per_pass": 77, "train.recompute": "none"}) == (77, False, ())
+    asked = recipe_with(**{"train.tokens_per_pass": 99, "train.recompute": "none", "train.speedups": ["linears"]})
+    assert went_on(asked, **before) == (99, False, ("linears",))
+
+
 @pytest.mark.parametrize(
     ("machine", "asked", "dtype"),
     [
@@ -224,6 +276,52 @@ def test_a_run_over_the_memory_has_a_problem(here: Path) -> None:
     told = str(memory_problem(plan_of(), replace(CPU, device_memory_gib=0.5, device_name="a toaster")))
     assert told.startswith("memory: about ")
     assert "a toaster has 0.5 GiB; lower train.tokens_per_pass (now 2048), set train.recompute: all" in told
+
+
+def test_a_run_over_the_free_memory_has_another(here: Path) -> None:
+    plan = plan_of()
+    assert memory_problem(plan, CPU, free_gib=plan.peak_memory_gib) is None
+    told = str(memory_problem(plan, CPU, free_gib=0.25))
+    assert "a laptop has 0.2 of 16.0 GiB free now; end other programs, lower train.tokens_per_pass (now 2048)" in told
+
+
+def test_the_plan_does_not_know_what_is_free(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = plan_of()
+    monkeypatch.setattr("finetune.machine.free_memory_gib", lambda device: 0.01)
+    assert plan_of() == before
+
+
+def test_a_layout_left_open_fits_the_machine(here: Path) -> None:
+    """With less memory first the passes are halved, then no weights kept, then activations computed again."""
+    need = plan_of().peak_memory_gib
+    seen = []
+    for share in np.linspace(1.5, 0.3, 60):
+        train = plan_of(replace(CPU, device_memory_gib=need * float(share))).train
+        seen.append((train.recompute, "weights" not in train.speedups, -train.tokens_per_pass))
+    assert seen == sorted(seen, key=lambda layout: layout[:2])
+    assert seen[0] == (False, False, -2048)
+    assert {recompute for recompute, _, _ in seen} == {False, True}
+    small = replace(CPU, device_memory_gib=0.1)
+    asked = plan_of(
+        small, **{"train.tokens_per_pass": 4000, "train.recompute": "none", "train.speedups": ["weights", "linears"]}
+    )
+    assert (asked.train.tokens_per_pass, asked.train.recompute) == (4000, False)
+    assert asked.train.speedups == ("linears", "weights")
+
+
+def test_a_calibrated_machine_tells_seconds(here: Path) -> None:
+    recipe = recipe_with()
+    base = read_base(recipe.model.base)
+    facts = prepare_data(recipe.data, base, seed=recipe.seed).facts
+    measured = Calibration({"float32": ((128, 1e11),), "bfloat16": ((128, 1e11),)}, 1e10, 1e-6, 0.5, 3.0)
+    found = make_plan(recipe, CPU, base.facts, facts, calibration=measured)
+    assert found.seconds_per_step is not None
+    assert found.seconds == pytest.approx(found.seconds_per_step * found.train.steps, abs=0.06)
+    assert "seconds" in found.estimated
+    without = make_plan(recipe, CPU, base.facts, facts)
+    assert (without.seconds_per_step, without.seconds) == (None, None)
+    assert "uncalibrated" in without.estimated
+    assert found.train == without.train
 
 
 def test_a_run_over_the_memory_ends_before_it_writes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

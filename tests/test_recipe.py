@@ -82,7 +82,8 @@ WITHOUT_EXAMPLE = {
     "adapter.layers": None, "adapter.rank_by": None, "adapter.alpha_by": None, "adapter.start": "default",
     "adapter.learning_rate_ratio": 1.0, "adapter.block_size": None, "adapter.train_tokens": [],
     "adapter.also_train": [], "adapter.from": None, "data.system": None, "data.truncate": "prompt",
-    "train.max_steps": None, "data.special_tokens": "text", "data.deduplicate": "none", "data.leaked": "keep",
+    "train.max_steps": None, "train.speedups": "auto",
+    "data.special_tokens": "text", "data.deduplicate": "none", "data.leaked": "keep",
     "data.drop": [],
 }  # fmt: skip
 
@@ -93,8 +94,8 @@ SECTION_KEYS = {
     "train_tokens also_train from",
     "data": "train eval format template loss_on max_tokens too_long truncate empty_answer special_tokens "
     "deduplicate leaked drop system date",
-    "train": "objective epochs max_steps batch_size tokens_per_pass recompute learning_rate schedule warmup optimizer "
-    "weight_decay max_grad_norm",
+    "train": "objective epochs max_steps batch_size tokens_per_pass recompute speedups learning_rate schedule warmup "
+    "optimizer weight_decay max_grad_norm",
     "evaluate": "every_steps",
     "output": "folder save_every_steps keep_checkpoints log_to",
 }
@@ -202,6 +203,8 @@ def test_a_recipe_is_frozen_all_the_way_down(folder):
         ("model.quantization=none", "none"),
         ("model.revision='1234567'", "1234567"),
         ("train.tokens_per_pass=4096", 4096),
+        ("train.speedups=none", "none"),
+        ("train.speedups=[linears, head]", ["linears", "head"]),
         ("adapter.targets=[q_proj, v_proj]", ["q_proj", "v_proj"]),
     ],
 )
@@ -302,6 +305,7 @@ def test_all_problems_are_reported_at_once_with_their_lines(folder):
 
 
 TARGETS = "must be all-linear, attention, mlp, experts, or a list of these and of module names, each once"
+SPEEDUPS = "must be auto, none, or a list of attention, linears, weights, layers, head, prefix, each once"
 TEMPLATE = "must be auto, none, alpaca, vicuna, llama2, llama3, chatml, mistral, zephyr or a path that ends in .jinja"
 SOURCES = "a path, hub:OWNER/NAME, a source with keys (source, rows, weight, columns), or a list of these"
 EVAL = "must be a fraction between 0 and 1, a whole number of rows, a path, a source, or null for no evaluation"
@@ -345,6 +349,9 @@ NAME = "must be text of at most 100 letters, digits, dots, underscores and hyphe
         ("train.learning_rate", "1e999", "a finite number is required, got inf"),
         ("train.learning_rate", "true", "a number is required, got true"),
         ("train.tokens_per_pass", "0", "must be auto or a whole number, 1 or more, got 0"),
+        ("train.speedups", "[]", f"{SPEEDUPS}, got []"),
+        ("train.speedups", "[linear]", f'{SPEEDUPS}, got ["linear"]'),
+        ("train.speedups", "[head, head]", f'{SPEEDUPS}, got ["head", "head"]'),
         ("train.warmup", "1.0", "must be a fraction of the steps (0 or more, less than 1) or a whole number of steps, "
          "got 1.0"),
         ("evaluate.every_steps", "{a: 1}", "a whole number is required, got keys of its own"),

@@ -22,7 +22,7 @@ def run(stage: Stage, count: int, seed: int, *, every: int = 1) -> dict[str, Any
     case, rounds = stage.case(), []
     for phase, call in STRETCHES.items():
         point = 1
-        while len(rounds) < count and (found := crash(stage, case, phase, call, point)):
+        while len(rounds) < count and not stage.is_over and (found := crash(stage, case, phase, call, point)):
             rounds.append({"class": phase, "point": point, **found})
             tell(len(rounds) - 1, count, rounds[-1])
             point += every

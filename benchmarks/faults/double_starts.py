@@ -14,6 +14,8 @@ def run(stage: Stage, count: int, seed: int) -> dict[str, Any]:
     chance, started, rounds = random.Random(seed), time.monotonic(), []
     case = stage.case()
     for number in range(count):
+        if stage.is_over:
+            break
         resume, pause = number % 2 == 1, chance.choice([0.0, 0.0, chance.random() * case.seconds / 2])
         outcome, ok = start_two(stage, case, pause, resume=resume)
         name = "with --resume" if resume else "without --resume"

@@ -104,6 +104,13 @@ def signal_at(phase: str, call: int, delay: float, number: int) -> None:
     around(PHASES.get(phase, phase), lambda count, _: send_later() if count == call else None)
 
 
+def meet_within(seconds: float) -> None:
+    """Ranks wait for each other at the start for so long, in place of five minutes."""
+    from finetune.train import ranks
+
+    ranks.JOIN_SECONDS = seconds
+
+
 def break_storage(phase: str, call: int, which: int, error: int, kinds: int, count_file: str = "") -> None:
     """Within the nth time of a phase the file-system call number `which` fails once; KILL ends the process there.
 

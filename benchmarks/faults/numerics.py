@@ -23,6 +23,8 @@ def run(stage: Stage, count: int, seed: int, *, dtypes: tuple[str, ...] = ("floa
     """`count` numbers that are not finite; every third run is resumed without them."""
     chance, started, rounds = random.Random(seed), time.monotonic(), []
     for number in range(count):
+        if stage.is_over:
+            break
         what, dtype = WHAT[number % len(WHAT)], dtypes[number // 4 % len(dtypes)]
         case = stage.case(model__dtype=dtype, output__save_every_steps=1)
         step = chance.choice([1, STEPS, chance.randint(1, STEPS)])

@@ -1,6 +1,8 @@
 """One harness against the real command: faults in, a JSON report of what became of the runs out.
 
-python benchmarks/faults/run.py NAME [--count N] [--seed S] [--folder DIR] [--out FILE]
+python benchmarks/faults/run.py NAME [--count N] [--seed S] [--minutes M] [--folder DIR] [--out FILE]
+
+A round that went wrong is printed with what it takes to repeat it; another seed draws other rounds.
 """
 
 from __future__ import annotations
@@ -8,10 +10,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import sys
 import tempfile
+import time
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,28 +36,30 @@ HARNESSES = {
 }
 
 
-def measure(name: str, folder: Path, *, count: int, seed: int, **more: Any) -> dict[str, Any]:
-    """The report of one harness."""
+def measure(name: str, folder: Path, *, count: int, seed: int, minutes: float = math.inf) -> dict[str, Any]:
+    """The report of one harness; after so many minutes it begins no further round."""
     from benchmarks.faults.stage import stage_in
 
     harness = importlib.import_module(f"benchmarks.faults.{HARNESSES[name][0]}")
     with stage_in(folder) as stage:
-        return partial(harness.run, **more)(stage, count, seed)
+        stage.ends = time.monotonic() + 60 * minutes
+        return harness.run(stage, count, seed) | {"asked_for": count}
 
 
 def main() -> None:
     """Run one and print or write its report; exit code 1 if something did not go as promised."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=HARNESSES)
-    parser.add_argument("--count", type=int)
+    parser.add_argument("--count", type=int, help="rounds; without it as many as the published report has")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further round after this time")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the runs are made")
+    parser.add_argument("--out", type=Path, help="where the report with every round is written, as JSON")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     count = arguments.count or HARNESSES[arguments.name][1]
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        found = measure(arguments.name, Path(folder), count=count, seed=arguments.seed)
+        found = measure(arguments.name, Path(folder), count=count, seed=arguments.seed, minutes=arguments.minutes)
     text = json.dumps(found, indent=1)
     if arguments.out:
         arguments.out.write_text(text + "\n")

@@ -37,7 +37,7 @@ def run(stage: Stage, count: int, seed: int, *, two: int | None = None) -> dict[
     rounds: list[dict[str, Any]] = []
     finished_first = 0
     two = round(count * TWO_RANKS) if two is None else two
-    while len(rounds) < count:
+    while len(rounds) < count and not stage.is_over:
         ranks = 2 if len(rounds) < two else 1
         found = one_round(stage, chance, ranks, list(PHASES)[len(rounds) % len(PHASES)])
         if found["outcome"] == "finished before the signal":

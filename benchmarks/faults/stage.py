@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import select
@@ -20,11 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.faults.hooks import hook
 from tests.conftest import CHECKOUT, alpaca_rows, make_tiny_base, write_recipe
 from tests.train.forked import Child, Ended, Nursery, nursery_in
 
 HANG_SECONDS = 60.0
 HUNG = 999  # the exit code of a process that had to be ended
+JOIN_SECONDS = 45.0  # of ranks that wait for one that was killed before they met
 WEIGHTS = "adapter_model.safetensors"
 OPTIONS: dict[str, Any] = {
     "data__eval": 3,
@@ -55,6 +58,11 @@ class Stage:
     folder: Path
     nursery: Nursery
     cases: dict[tuple[Any, ...], Case] = field(default_factory=dict)
+    ends: float = math.inf  # by time.monotonic(); no further round is begun then
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() > self.ends
 
     @property
     def base(self) -> Path:
@@ -89,7 +97,7 @@ class Stage:
         return [
             self.nursery.start(
                 *arguments,
-                hook=hooks.get(rank, ""),
+                hook=hook("meet_within", JOIN_SECONDS) + hooks.get(rank, ""),
                 environment={
                     "RANK": str(rank),
                     "LOCAL_RANK": str(rank),

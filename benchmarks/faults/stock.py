@@ -82,6 +82,8 @@ def run(stage: Stage, count: int, seed: int) -> dict[str, Any]:
     kinds = {"kills": stock.kills, "damage": stock.damages, "failing": stock.failing, "numerics": stock.numbers}
     for kind, share in SHARES.items():
         for found in itertools.islice(kinds[kind](chance), round(count * share)):
+            if stage.is_over:
+                break
             rounds.append({**found, "class": f"{kind}: {found['class']}"})
             tell(len(rounds) - 1, count, rounds[-1])
     return report("stock", rounds, seed=seed, seconds=time.monotonic() - started) | {"failed": []}

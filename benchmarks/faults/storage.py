@@ -41,6 +41,8 @@ def run(stage: Stage, count: int, seed: int) -> dict[str, Any]:
         itertools.islice(damaged_run_files(stage), count // 12),
     ):
         rounds.append(each)
+        if stage.is_over:
+            break
         tell(len(rounds) - 1, count, each)
     silent = [each for each in rounds if each["outcome"].startswith("silent")]
     return report("storage", rounds, seed=seed, seconds=time.monotonic() - started, silent_loads=len(silent))

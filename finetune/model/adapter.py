@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, set_seed
 
 from finetune.errors import Problem, UserError
+from finetune.model.experts import experts_shown_whole
 from finetune.model.methods import make_config
 from finetune.model.starts import start_from_base
 from finetune.plan import AdapterPlan
@@ -35,7 +36,7 @@ def attach_adapter(model: PreTrainedModel, plan: AdapterPlan, *, base: str) -> P
         UserError: `start_from` is no adapter of the same method, ranks, alphas and targets.
     """
     set_seed(plan.seed)
-    with without_pattern_warning():
+    with without_pattern_warning(), experts_shown_whole(model):
         tuned = get_peft_model(model, make_config(plan, model))  # type: ignore[assignment]
     assert isinstance(tuned, PeftModel)
     tuned.peft_config["default"].base_model_name_or_path = base
@@ -85,7 +86,7 @@ def keep_adapter_in_float32(model: torch.nn.Module) -> None:
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """The model with a saved adapter, frozen, for generation and scoring."""
-    with without_pattern_warning():
+    with without_pattern_warning(), experts_shown_whole(model):
         return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
 
 

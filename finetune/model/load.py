@@ -18,6 +18,7 @@ from transformers import (
 from finetune.errors import Problem, UserError
 from finetune.families import VISION
 from finetune.model.attention import register_attention
+from finetune.model.experts import FOUR_BITS, ExpertsConfig, experts_to_quantize
 from finetune.plan import ModelPlan
 from finetune.trust import is_trusted
 
@@ -43,7 +44,9 @@ def load_base(plan: ModelPlan) -> PreTrainedModel:
             trust_remote_code=trusted,
             use_safetensors=True,
             dtype=dtype,
-            quantization_config=quantization_config(plan.quantization, dtype, beside_vision=beside_vision),
+            quantization_config=_with_experts(
+                quantization_config(plan.quantization, dtype, beside_vision=beside_vision), plan
+            ),
             # sdpa where the family can: Gemma 2 caps its attention scores, so that transformers computes them eagerly.
             attn_implementation=None if plan.attention == "sdpa" else plan.attention,
             device_map={"": plan.device},
@@ -53,7 +56,17 @@ def load_base(plan: ModelPlan) -> PreTrainedModel:
         raise UserError(Problem(str(plan.folder), f"transformers cannot load this base: {first_line}")) from error
     model.requires_grad_(False)
     keep_4bit_weights_unpacked(model)
+    if plan.quantization != "none" and plan.device == "cpu":
+        leave_file_(model)
     return model
+
+
+def leave_file_(model: PreTrainedModel) -> None:
+    """Copy what was not quantised out of the mapped file: as long as one tensor lies there, so do the pages of all
+    others that were read, which counts as memory of this process."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def quantization_config(
@@ -73,6 +86,14 @@ def quantization_config(
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def _with_experts(settings: BitsAndBytesConfig | None, plan: ModelPlan) -> BitsAndBytesConfig | None:
+    """The settings that take fused experts, too, where the base has them and they become 4 bits."""
+    if plan.quantization not in FOUR_BITS or not (experts := experts_to_quantize(plan.folder)):
+        return settings
+    assert settings is not None
+    return ExpertsConfig(experts, **settings.to_dict())
 
 
 def keep_4bit_weights_unpacked(model: torch.nn.Module) -> None:

@@ -113,7 +113,7 @@ def _name_of(model: torch.nn.Module, wanted: torch.nn.Module) -> str:
 
 def _modules(plan: AdapterPlan) -> dict[str, Any]:
     """Which modules, as PEFT is told: by the ends of their paths, or, beside a vision tower, by the whole path."""
-    if plan.beside_vision:
+    if plan.beside_vision and plan.targets:
         return {"target_modules": _path_pattern(plan, plan.targets)}
     return {
         "target_modules": list(plan.targets),

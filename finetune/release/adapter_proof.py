@@ -23,7 +23,7 @@ from finetune.release.measure import (
     rms_difference,
 )
 from finetune.release.merging import make_merging
-from finetune.release.proof import LOGITS_LIMIT, NO_OP_LIMIT, PROBE_TOKENS, load_plain, make_onto
+from finetune.release.proof import NO_OP_LIMIT, PROBE_TOKENS, fine_limit, load_plain, make_onto
 from finetune.release.proof_files import prove_text
 from finetune.release.source import Source
 from finetune.release.weights import read_tensors
@@ -48,12 +48,12 @@ def prove_adapter_folder(folder: Path, source: Source) -> list[Proof]:
     for adapter in (source.adapter, folder):
         with autocast(source.model.device, source.model.dtype):
             as_run.append(probe_logits(load_adapter(load_base(source.model), adapter), probes))
-    scale, limit = deviation(as_run[0]), logits_limit(source)
-    against = largest_difference(*as_run) / scale
+    against = largest_difference(*as_run) / deviation(as_run[0])
+    proofs = prove_against_exact(folder, source, merging.entries, exact, named="base + delta")
     return [
         *prove_text(folder, source),
-        *prove_against_exact(folder, source, merging.entries, exact, named="base + delta"),
-        proof("logits on the run's base against the run's", against, limit),
+        *proofs,
+        proof("logits on the run's base against the run's", against, proofs[0].limit),
     ]
 
 
@@ -64,11 +64,13 @@ def prove_against_exact(
     probes = probes_of(source)
     base = layerwise_logits(source, probes, entries=None, exact=lambda entry, tensor: tensor)
     wanted = layerwise_logits(source, probes, entries=entries, exact=exact)
+    to = torch.float16 if source.base.facts.stored_dtype == "F16" else torch.bfloat16
+    rounded = layerwise_logits(source, probes, entries=entries, exact=lambda entry, tensor: exact(entry, tensor).to(to))
     logits = plain_peft_logits(folder, source, probes)
     effect, missed = rms_difference(wanted, base), rms_difference(logits, wanted)
     largest = largest_difference(logits, wanted) / deviation(wanted)
     return [
-        proof(f"logits with plain peft against {named}", largest, logits_limit(source)),
+        proof(f"logits with plain peft against {named}", largest, fine_limit(source.base.facts, rounded, wanted)),
         proof("no-op", missed / effect if effect else math.inf, NO_OP_LIMIT),
     ]
 
@@ -76,11 +78,6 @@ def prove_against_exact(
 def probes_of(source: Source) -> list[list[int]]:
     """Token ids of the probe conversations, not longer than a proof's."""
     return [ids[:PROBE_TOKENS] for ids in source.probe_ids()]
-
-
-def logits_limit(source: Source) -> float:
-    """How far two computations in float32 may be apart, in standard deviations of the logits."""
-    return LOGITS_LIMIT["F32"] * math.sqrt(source.base.facts.layers)
 
 
 def plain_peft_logits(folder: Path, source: Source, probes: Sequence[list[int]]) -> Logits:

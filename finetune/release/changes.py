@@ -13,10 +13,10 @@ import torch
 from finetune.artifact import read_json
 from finetune.base import TensorEntry, read_tensor_entries
 from finetune.errors import Problem, StorageError, UserError, raise_problems
+from finetune.model.stored_names import StoredNames, pieces_of, read_stored_names
 from finetune.release.adapter_file import CURE, Parts, read_config, read_parts, scale_of
 from finetune.release.delta import DTYPES, Change, Delta, Kept, Rotated, Shift, Trained
 from finetune.release.other_methods import other_changes
-from finetune.release.stored_names import StoredNames, pieces_of, read_stored_names
 
 HEAD = "lm_head.weight"
 EMBEDDING = "embed_tokens.weight"

@@ -36,7 +36,14 @@ from finetune.release.measure import (
     probe_passes,
     rms_difference,
 )
-from finetune.release.proof import DIVERGENCE_LIMIT, LOGITS_LIMIT, NO_OP_LIMIT, grown, make_onto
+from finetune.release.proof import (
+    NO_OP_LIMIT,
+    ROUNDED,
+    divergence_limit,
+    fine_limit,
+    make_onto,
+    rounding_limit,
+)
 from finetune.release.proof_files import TIE, prove_text
 from finetune.release.source import Source, read_source
 from finetune.release.stacked import read_plain
@@ -78,6 +85,17 @@ class Exact:
         return torch.from_numpy(values.astype(np.float32))
 
 
+class Rounded:
+    """The same rounded as the base is stored; to bfloat16 where that is in float32."""
+
+    def __init__(self, combining: Combining, stored_dtype: str) -> None:
+        self.exact, self.names, self.halves = Exact(combining), combining.rounded, stored_dtype == "F32"
+
+    def __call__(self, entry: TensorEntry, tensor: torch.Tensor) -> torch.Tensor:
+        exact = self.exact(entry, tensor)
+        return exact.to(torch.bfloat16 if self.halves else tensor.dtype) if entry.name in self.names else exact
+
+
 def prove_elements(folder: Path, combining: Combining) -> list[Proof]:
     """Same tensors as the base; each changed element the nearest value to the formula's; all others unchanged."""
     wanted = {entry.name: entry for entry in combining.entries}
@@ -105,13 +123,20 @@ def prove_logits(folder: Path, sources: Sequence[Source], combining: Combining) 
     facts, probes = first.base.facts, probes_of(first)
     base = layerwise_logits(first, probes, entries=None, exact=combining.meets)
     wanted = layerwise_logits(first, probes, entries=combining.entries, exact=Exact(combining))
+    rounded = layerwise_logits(first, probes, entries=combining.entries, exact=Rounded(combining, facts.stored_dtype))
     model = LayerwiseModel(folder, device=first.model.device)
     logits = [found.cpu() for found in model.logits(probe_passes(probes, vocabulary=facts.vocabulary))]
     effect, missed = rms_difference(wanted, base), rms_difference(logits, wanted)
-    largest = largest_difference(logits, wanted) / deviation(wanted)
+    stored = wanted if facts.stored_dtype == "F32" else rounded
+    by_rounding, largest = (largest_difference(logits, other) / deviation(wanted) for other in (stored, wanted))
     proofs = [
-        proof("logits against base + combined deltas", largest, grown(LOGITS_LIMIT, facts)),
-        proof("divergence from base + combined deltas", mean_divergence(wanted, logits), DIVERGENCE_LIMIT),
+        proof(ROUNDED, by_rounding, fine_limit(facts, rounded, wanted)),
+        proof("logits against base + combined deltas", largest, rounding_limit(facts, rounded, wanted)),
+        proof(
+            "divergence from base + combined deltas",
+            mean_divergence(wanted, logits),
+            divergence_limit(facts, rounded, wanted),
+        ),
         proof("no-op", missed / effect if effect else math.inf, NO_OP_LIMIT),
     ]
     for source in sources:

@@ -1,10 +1,10 @@
-"""What the models of a proof compute: base + adapter, the release and the model as trained."""
+"""What the models of a proof compute: base + adapter, its exact and rounded sums, the release, the model as trained."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -14,8 +14,10 @@ from finetune.data.examples import Example
 from finetune.machine import GIB, probe_machine
 from finetune.model.adapter import load_adapter
 from finetune.model.delta import quantized_weights
+from finetune.model.experts import held_experts
 from finetune.model.load import load_base
-from finetune.release.delta import Onto
+from finetune.model.stored_names import read_stored_names
+from finetune.release.delta import Onto, round_tuned
 from finetune.release.layerwise import LayerwiseModel
 from finetune.release.measure import (
     TOKENS_PER_PASS,
@@ -31,11 +33,10 @@ from finetune.release.measure import (
     probe_passes,
     rms_difference,
 )
-from finetune.release.merging import make_merging
+from finetune.release.merging import Merging, make_merging, quantized_tensors
 from finetune.release.parts import Read
 from finetune.release.routes import Route
 from finetune.release.source import Source
-from finetune.release.stored_names import read_stored_names
 from finetune.release.weights import read_tensors
 from finetune.train.trainer import autocast, mean_loss
 
@@ -62,15 +63,33 @@ class Released:
 class Chosen:
     """The chosen base with its adapter: logits by itself and on the release's routes, and how it followed these.
 
-    `routes` is empty for a model that chooses no experts; `effect` is what the adapter changes in the logits, root mean
-    square; `greedy_gap` how far it is from writing the release's answers, see measure.greedy_gap.
+    `own_routes` are its own; `routes` is empty for a model that chooses no experts; `effect` is what the adapter
+    changes in the logits, root mean square; `greedy_gap` how far it is from writing the release's answers, see
+    measure.greedy_gap.
     """
 
     logits: Logits
     on_routes: Logits
+    own_routes: list[Route]
     routes: list[Route]
     effect: float
     greedy_gap: float
+
+
+@dataclass(frozen=True)
+class Summed:
+    """The base with the merge's sums for weights, not yet rounded, without PEFT and without the release's files.
+
+    Logits on the own routes of base + adapter and on the release's, and how it followed each. `rounded`: on the
+    release's routes with each sum rounded once, as the base is stored; to bfloat16 where that is in float32.
+    """
+
+    logits: Logits
+    on_routes: Logits
+    rounded: Logits
+    own_routes: list[Route]
+    routes: list[Route]
+    rounded_routes: list[Route]
 
 
 def greedy_tokens(facts: BaseFacts) -> int:
@@ -105,8 +124,7 @@ def compute_chosen(source: Source, onto: Onto, probes: Sequence[list[int]], rele
     )
     base = probe_passes(probes, vocabulary=facts.vocabulary, adapted=False)
     free = probe_passes(probes, vocabulary=facts.vocabulary)
-    is_routed = any(route.rated for route in released.routes)
-    bound = probe_passes(probes, vocabulary=facts.vocabulary, follow=released.routes) if is_routed else []
+    bound = probe_passes(probes, vocabulary=facts.vocabulary, follow=released.routes) if is_routed(released) else []
     answers = answer_passes(released.answers)
     given = model.logits([*base, *free, *bound, *answers])
     alone = [found.cpu() for found in islice(given, len(base))]
@@ -115,7 +133,36 @@ def compute_chosen(source: Source, onto: Onto, probes: Sequence[list[int]], rele
     del alone
     on_routes = [found.cpu() for found in islice(given, len(bound))] if bound else logits
     gap = greedy_gap(released.answers, given)
-    return Chosen(logits, on_routes, [one.route for one in [*bound, *answers] if is_routed], effect, gap)
+    own, taken = ([one.route for one in passes] for passes in (free, bound))
+    return Chosen(logits, on_routes, own, taken, effect, gap)
+
+
+def compute_summed(
+    source: Source, onto: Onto, probes: Sequence[list[int]], released: Released, own_routes: Sequence[Route]
+) -> Summed:
+    """In float32; `own_routes` are those that base + adapter chose by itself."""
+    merging = make_merging(source, onto)
+    facts, vocabulary = source.base.facts, source.base.facts.vocabulary
+    exact, rounded = (
+        LayerwiseModel(
+            facts.folder, entries=merging.entries, read=_read_summed(merging, dtype), device=source.model.device
+        )
+        for dtype in (torch.float32, torch.bfloat16 if facts.stored_dtype == "F32" else None)
+    )
+    follow = released.routes if is_routed(released) else None
+    own = probe_passes(probes, vocabulary=vocabulary, follow=own_routes if follow else None)
+    bound = probe_passes(probes, vocabulary=vocabulary, follow=follow) if follow else []
+    given = exact.logits([*own, *bound])
+    logits = [found.cpu() for found in islice(given, len(own))]
+    on_routes = [found.cpu() for found in given] if bound else logits
+    last = probe_passes(probes, vocabulary=vocabulary, follow=follow)
+    values = [found.cpu() for found in rounded.logits(last)]
+    return Summed(logits, on_routes, values, *([one.route for one in passes] for passes in (own, bound, last)))
+
+
+def is_routed(released: Released) -> bool:
+    """Whether the model chooses experts."""
+    return any(route.rated for route in released.routes)
 
 
 def compute_trained(
@@ -157,16 +204,31 @@ def read_chosen(source: Source, onto: Onto) -> Read:
     return read
 
 
+def _read_summed(merging: Merging, dtype: torch.dtype | None) -> Read:
+    """Read the tensors of a release that was never written, with the changed ones rounded to `dtype`, or as stored."""
+
+    def read(entries: Sequence[TensorEntry]) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
+        for entry, tensor in read_tensors(entries):
+            if entry.name in merging.rounded:
+                change = merging.changes.get(entry.name)
+                yield entry, round_tuned(merging.meets(entry, tensor), change, dtype=dtype or tensor.dtype)
+            else:
+                yield entry, tensor
+
+    return read
+
+
 def _count_differing(model: torch.nn.Module, source: Source, onto: Onto) -> int:
     """How many of the dequantised weights are not those that the trained model holds, one linear at a time."""
     folder = source.base.facts.folder
-    names = {f"{linear.module}.weight" for linear in source.base.facts.linears}
+    names = quantized_tensors(source.base.facts, onto.quantization)
     stored = list(read_tensor_entries(folder))
     entries = {entry.name: entry for entry in stored if entry.name in names}
     renamed = read_stored_names(folder, stored).renamed
     differing, held = 0, set()
-    for module, weight in quantized_weights(model):
-        name = renamed.get(f"{module}.weight", f"{module}.weight")
+    linears = ((f"{module}.weight", weight) for module, weight in quantized_weights(model))
+    linears_by_stored_name = ((renamed.get(parameter, parameter), weight) for parameter, weight in linears)
+    for name, weight in chain(linears_by_stored_name, held_experts(model)):
         held.add(name)
         if name in entries:
             ((_, tensor),) = read_tensors([entries[name]])

@@ -19,7 +19,6 @@ from finetune.errors import FinetuneError
 from finetune.machine import quiet_libraries
 from finetune.release.adapter_proof import (
     layerwise_logits,
-    logits_limit,
     plain_peft_logits,
     probes_of,
     prove_against_exact,
@@ -100,7 +99,7 @@ def prove_logits(
     largest = largest_difference(found, wanted) / deviation(wanted)
     return [
         *proofs,
-        proof("logits against the tuned model", largest, logits_limit(source) if is_bound else None),
+        proof("logits against the tuned model", largest, proofs[0].limit if is_bound else None),
         proof("logits against the tuned model, share of its change", missed / effect if effect else math.inf, None),
         proof("divergence from the tuned model", mean_divergence(wanted, found), None),
     ]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from finetune.base import TensorEntry
+from finetune.base import BaseFacts, TensorEntry
+from finetune.model.experts import FOUR_BITS, quantized_expert_tensors
 from finetune.release.changes import read_changes, release_entries
 from finetune.release.delta import Change, Onto, round_tuned
 from finetune.release.source import Source
@@ -48,5 +49,11 @@ def make_merging(source: Source, onto: Onto) -> Merging:
     folder = source.base.facts.folder
     changes = read_changes(source.adapter, folder)
     is_quantized = onto.name == "dequantized" and onto.quantization != "none"
-    linears = frozenset(f"{linear.module}.weight" for linear in source.base.facts.linears)
-    return Merging(release_entries(folder, changes), changes, linears if is_quantized else frozenset(), onto)
+    quantized = quantized_tensors(source.base.facts, onto.quantization) if is_quantized else frozenset()
+    return Merging(release_entries(folder, changes), changes, quantized, onto)
+
+
+def quantized_tensors(facts: BaseFacts, quantization: str) -> frozenset[str]:
+    """The stored names of what a run computes with in fewer bits than the files hold."""
+    linears = frozenset(f"{linear.module}.weight" for linear in facts.linears)
+    return linears | quantized_expert_tensors(facts.folder) if quantization in FOUR_BITS else linears

@@ -7,20 +7,27 @@ import fcntl
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from finetune.errors import FinetuneError, Problem, UserError, WorkerError
+from finetune.errors import FinetuneError, Problem, UserError, WorkerError, storing
+from finetune.stop import Stopped, StopSignal
+from finetune.train.checkpoints import find_checkpoints
+from finetune.train.memory import is_out_of_memory
+from finetune.train.silence import AGAIN, SignsOfLife, Store
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-# A collective waits this long for the slowest rank: the first may be tokenising, which is done once. A rank that died
-# is noticed at once, by its closed connection.
+# The ranks have to find each other within this time of the first one's start.
+JOIN_SECONDS = 300.0
+# A collective waits this long for a rank that lives: the first may be tokenising, which is done once. One that died is
+# noticed at once, by its closed connection, one that hangs by finetune/train/silence.py.
 PATIENCE = timedelta(hours=6)
 
 
@@ -30,19 +37,23 @@ class Ranks:
 
     rank: int = 0
     count: int = 1
+    signs: SignsOfLife | None = None
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def largest(self, number: int) -> int:
-        """The largest of all ranks' numbers, on every rank: how they agree on a signal or on an exit code."""
+    def largest(self, number: int, *, patient: bool = False) -> int:
+        """The largest of all ranks' numbers, on every rank: how they agree on a signal or on an exit code.
+
+        `patient`: one of them may be at work alone for as long as it needs.
+        """
         if self.count == 1:
             return number
         import torch
 
         number_1 = torch.tensor([number])
-        with self._together():
+        with self._together(patient=patient):
             torch.distributed.all_reduce(number_1, op=torch.distributed.ReduceOp.MAX)
         return int(number_1.item())
 
@@ -51,8 +62,12 @@ class Ranks:
         if self.count > 1:
             import torch
 
+            # A GPU only queues its work and its meetings; so that waiting is seen as waiting and work as work:
+            finished = torch.cuda.current_stream(tensor.device).synchronize if tensor.is_cuda else lambda: None
+            finished()
             with self._together():
                 torch.distributed.all_reduce(tensor)
+                finished()
 
     def sum_gradients_(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Replace the gradients by their sums over all ranks; a rank without a share in the step adds zeros."""
@@ -65,6 +80,8 @@ class Ranks:
         self.sum_(flat)
         for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = piece.view_as(parameter)
+        if self.signs:
+            self.signs.in_steps = True
 
     def gather(self, data: bytes) -> list[bytes]:
         """Every rank's bytes, in their order, on every rank."""
@@ -98,7 +115,7 @@ class Ranks:
 
     def agree(self, error: FinetuneError | None) -> None:
         """Raise the error of any rank on all of them; only a rank that has one itself puts it in words."""
-        code = self.largest(error.code if error else 0)
+        code = self.largest(error.code if error else 0, patient=True)
         if error:
             raise error
         if code:
@@ -107,20 +124,54 @@ class Ranks:
             raise silent
 
     @contextlib.contextmanager
-    def _together(self) -> Iterator[None]:
+    def _together(self, *, patient: bool = False) -> Iterator[None]:
+        with self.signs.meeting(patient=patient) if self.signs else contextlib.nullcontext():
+            try:
+                yield
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                raise self._left_alone() from error
+
+    def _left_alone(self) -> WorkerError:
+        kept = self.signs.kept() if self.signs else ""
+        return WorkerError(Problem(f"rank {self.rank}", f"another rank is gone, so this one stops too; {AGAIN}{kept}"))
+
+    @contextlib.contextmanager
+    def ends_noted(self, folder: Path, stop: StopSignal) -> Iterator[None]:
+        """Every rank's exit code in the run folder's exit.json, for a launcher that answers 1 whatever they answer.
+
+        Raises:
+            WorkerError: a library was meeting the other ranks, and one was gone.
+        """
+        if self.count == 1:
+            yield
+            return
+        file = folder / "exit.json"
+        self.first_alone(lambda: _forget(file))
+        stop.note = lambda code: note_exit(file, rank=self.rank, code=code)
+        if self.signs:
+            self.signs.kept = lambda: _kept(folder)
+        error: BaseException | None = None
         try:
             yield
-        except RuntimeError as error:
-            message = "another rank is gone, so this one stops too; start all of them again with --resume"
-            raise WorkerError(Problem(f"rank {self.rank}", message)) from error
+        except RuntimeError as caught:
+            error = self._left_alone() if is_lost_connection(caught) else caught
+            raise error from caught
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            stop.note(stop.code_of(error))
 
 
 @contextlib.contextmanager
-def joined_ranks(rank: int, local_rank: int, count: int) -> Iterator[Ranks]:
-    """The ranks of a launcher, connected: gloo between CPUs, NCCL between GPUs.
+def joined_ranks(rank: int, local_rank: int, count: int, *, stop: StopSignal) -> Iterator[Ranks]:
+    """The ranks of a launcher, connected: gloo between CPUs, NCCL between GPUs; `stop` is how one ends that waits.
 
     Raises:
-        UserError: they cannot be connected.
+        UserError: what the launcher says cannot be.
+        WorkerError: another is gone before all are connected.
     """
     if count == 1:
         yield Ranks()
@@ -128,40 +179,94 @@ def joined_ranks(rank: int, local_rank: int, count: int) -> Iterator[Ranks]:
     import torch
 
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            message = f"{torch.cuda.device_count()} GPUs are here, and every rank needs one: start as many ranks a host"
+            raise UserError(Problem(f"rank {rank}", f"{message} (torchrun --nproc-per-node)"))
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"  # numbers to agree on never leave the CPU
     else:
         backend = "gloo"
+    store = _connect(backend, rank, count, stop)
+    signs = SignsOfLife(store, rank=rank, count=count, end=stop.end_here)
     try:
-        _join(lambda: torch.distributed.init_process_group(backend, timeout=PATIENCE))
-    except (ValueError, RuntimeError) as error:
-        message = (
-            f"{count} ranks are announced (WORLD_SIZE), but they cannot be connected: {error}; start with torchrun"
-        )
-        raise UserError(Problem(f"rank {rank}", message)) from error
-    try:
-        yield Ranks(rank, count)
+        with signs.exchanged():
+            yield Ranks(rank, count, signs)
     finally:
         with contextlib.suppress(RuntimeError):
             torch.distributed.destroy_process_group()
 
 
-def _join(connect: Callable[[], None]) -> None:
-    """Connect in a thread: no Python runs while a rank waits for the others, and so no signal would be heard."""
+def _connect(backend: str, rank: int, count: int, stop: StopSignal) -> Store:
+    """Meet the other ranks where the launcher says; the store that they have met over.
+
+    A signal, or nobody there in time, ends the command here: while a thread is still at it in torch, the interpreter
+    cannot end in order (it aborts).
+    """
+    import torch
+
+    def connect() -> Store:
+        limit = timedelta(seconds=JOIN_SECONDS)
+        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
+        return store
+
+    try:
+        store = _in_thread(connect, seconds=JOIN_SECONDS)
+    except Stopped:
+        stop.end_here(stop.interrupted())
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, ValueError) or "failed to listen" in str(error):
+            message = f"{count} ranks are announced (WORLD_SIZE), but they cannot be connected: {error}"
+            raise UserError(Problem(f"rank {rank}", f"{_first_line(message)}; start with torchrun")) from error
+        message = f"of {count} ranks another is gone before all were connected ({_first_line(str(error))}); {AGAIN}"
+        raise WorkerError(Problem(f"rank {rank}", message)) from error
+    if store is None:
+        message = f"the {count} ranks have not found each other within {JOIN_SECONDS:g} seconds; {AGAIN}"
+        stop.end_here(WorkerError(Problem(f"rank {rank}", message)))
+    return store
+
+
+def _in_thread(work: Callable[[], T], *, seconds: float) -> T | None:
+    """What the work makes, or None after so many seconds; no signal would be heard while the main thread is in it."""
+    made: list[T] = []
     failed: list[Exception] = []
 
-    def work() -> None:
+    def run() -> None:
         try:
-            connect()
-        except (ValueError, RuntimeError) as error:
+            made.append(work())
+        except Exception as error:
             failed.append(error)
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    while thread.is_alive():
+    end = time.monotonic() + seconds
+    while thread.is_alive() and time.monotonic() < end:
         thread.join(0.1)
     if failed:
         raise failed[0]
+    return made[0] if made else None
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a library's error is that of a collective whose partner is gone, and no bug."""
+    kinds = ("DistBackendError", "DistNetworkError", "DistStoreError")  # by name, so that this file needs no torch
+    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
+    return type(error).__name__ in kinds or any(word in str(error) for word in words)
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0]
+
+
+def _forget(file: Path) -> None:
+    with storing(file):
+        file.unlink(missing_ok=True)
+
+
+def _kept(folder: Path) -> str:
+    """The end of a message that says where a run can go on."""
+    checkpoints = find_checkpoints(folder / "checkpoints")
+    return f", which goes on from {checkpoints[-1]}" if checkpoints else ""
 
 
 def deal(tokens: Sequence[int], *, count: int) -> list[list[int]]:
@@ -177,12 +282,26 @@ def deal(tokens: Sequence[int], *, count: int) -> list[list[int]]:
 
 def note_exit(file: Path, *, rank: int, code: int) -> None:
     """Write a rank's exit code into exit.json, for a launcher that answers 1 whatever its ranks answer."""
-    with contextlib.suppress(OSError), file.open("a+", encoding="utf-8") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)  # the other ranks end at the same moment
-        stream.seek(0)
-        known: dict[str, Any] = {}
-        with contextlib.suppress(ValueError):
-            known = json.loads(stream.read())
-        known[str(rank)] = code
-        os.ftruncate(stream.fileno(), 0)
-        stream.write(json.dumps(dict(sorted(known.items(), key=lambda item: int(item[0])))) + "\n")
+    with contextlib.suppress(OSError):
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(descriptor)
+            known: dict[str, Any] = {}
+            with contextlib.suppress(ValueError):
+                known = json.loads(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
+            known[str(rank)] = code
+            text = json.dumps(dict(sorted(known.items(), key=lambda item: int(item[0])))) + "\n"
+            os.ftruncate(descriptor, os.pwrite(descriptor, text.encode(), 0))  # never empty for who reads meanwhile
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    """Alone, for the other ranks end at the same moment; but not for ever, for this one may hold the lock itself."""
+    for _ in range(20):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        else:
+            return

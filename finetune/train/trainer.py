@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ from finetune.data.examples import Example
 from finetune.data.steps import steps_dataset
 from finetune.errors import NumericsError, Problem, StorageError
 from finetune.layout import cut_into_passes, lay_out_steps
+from finetune.machine import settle_memory
 from finetune.model.adapter import is_left_matrix, save_adapter
 from finetune.plan import TrainPlan
 from finetune.train.arguments import trainer_arguments
 from finetune.train.checkpoints import write_checkpoint
 from finetune.train.loss import lay_end_to_end, stretch_losses_S
 from finetune.train.memory import is_out_of_memory
+from finetune.train.optimizer import clip_gradients_, forget_gradients
 from finetune.train.ranks import Ranks, deal
 from finetune.train.state import Stateful, load_random_state, load_state, load_weights, random_state_bytes, save_state
 
@@ -48,6 +50,7 @@ class StepTrainer(SFTTrainer):
         self.step_tokens = 0
         self.step_supervised = 0
         self.failed_saves = 0  # in a row, up to now
+        self.settled_gib = 0.0  # held by this process after the step that last returned memory
         self.stage = PASSES  # what this process is doing, for an error that has to name it
         self.before_save: Callable[[], None] = lambda: None
         self.signalled: Callable[[], bool] = lambda: False
@@ -55,6 +58,8 @@ class StepTrainer(SFTTrainer):
         # Never DDP: it would wait for a gradient in every pass, and ranks may differ in their number of passes.
         prepare = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.accelerator.prepare_model = prepare  # type: ignore[method-assign]
+        # The Trainer's call after every step; a module's own would look for gradients at every frozen weight.
+        self.adapted_model.zero_grad = partial(forget_gradients, self._trainable)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's optimizer; the B of a LoRA in groups of their own, with their own rate (LoRA+)."""
@@ -83,7 +88,8 @@ class StepTrainer(SFTTrainer):
             NumericsError: the loss is not finite; nothing was updated.
         """
         self.stage = PASSES
-        model.train()
+        if not model.training:  # it walks through every module
+            model.train()
         batch = [self.examples[index] for index in inputs]
         tokens = [example.tokens for example in batch]
         share = [batch[index] for index in deal(tokens, count=self.ranks.count)[self.ranks.rank]]
@@ -93,18 +99,21 @@ class StepTrainer(SFTTrainer):
         self._refuse_non_finite(step_loss, batch)
         while self._overflowed():
             # float16: the same step again with a smaller scale, where the library would leave its rows out.
-            self._zero_gradients()
+            forget_gradients(self._trainable)
             scaler = self.accelerator.scaler
             scaler.update(scaler.get_scale() / 2)
             step_loss = self._accumulate_gradients(model, share)
         self._batch = batch
+        if self.args.device.type == "cpu":
+            self.settled_gib = settle_memory(self.settled_gib)
         return step_loss
 
     def _accumulate_gradients(self, model: torch.nn.Module, share: Sequence[Example]) -> torch.Tensor:
         """The loss of the whole step, and its gradients on every rank, from this rank's share of the examples."""
         step_loss = torch.zeros((), device=self.args.device)
         for members in cut_into_passes([e.tokens for e in share], tokens_per_pass=self.plan.tokens_per_pass):
-            stretch = lay_end_to_end([share[index] for index in members], device=self.args.device)
+            chosen = [share[index] for index in members]
+            stretch = lay_end_to_end(chosen, device=self.args.device, share_prefixes=self.shares_prefixes)
             with self.compute_loss_context_manager():
                 loss = stretch_losses_S(model, stretch).sum() / self.step_supervised
             self.accelerator.backward(loss)
@@ -120,11 +129,7 @@ class StepTrainer(SFTTrainer):
             return False
         return not all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in self._trainable)
 
-    def _zero_gradients(self) -> None:
-        for parameter in self._trainable:
-            parameter.grad = None
-
-    @property
+    @cached_property
     def _trainable(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.adapted_model.parameters() if parameter.requires_grad]
 
@@ -134,7 +139,8 @@ class StepTrainer(SFTTrainer):
         Raises:
             NumericsError: it is not finite; nothing was updated.
         """
-        norm = super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        norm = clip_gradients_(self._trainable, largest=self.plan.max_grad_norm)
         if not torch.isfinite(norm):
             self._refuse(f"the norm of the gradient is {norm.item()}", self._batch)
         self.stage = "optimizer"
@@ -150,12 +156,18 @@ class StepTrainer(SFTTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether what several examples of a pass begin with is computed once."""
+        return "prefix" in self.plan.speedups
+
     def _mean_loss_held_out(self) -> float:
         alone = self.ranks.count == 1  # several would have to agree between passes
         return mean_loss(
             self.adapted_model,
             self.held_out,
             tokens_per_pass=self.plan.tokens_per_pass,
+            share_prefixes=self.shares_prefixes,
             ranks=self.ranks,
             stopping=self.signalled if alone else lambda: False,
         )
@@ -294,11 +306,12 @@ def make_trainer(  # noqa: PLR0913 - everything a training is made of
     return trainer
 
 
-def mean_loss(
+def mean_loss(  # noqa: PLR0913 - how a pass is laid out, by whom, and what ends it
     model: torch.nn.Module,
     examples: Sequence[Example],
     *,
     tokens_per_pass: int,
+    share_prefixes: bool = False,
     ranks: Ranks = ALONE,
     stopping: Callable[[], bool] = lambda: False,
 ) -> float:
@@ -308,7 +321,13 @@ def mean_loss(
         EvaluationStopped: `stopping` answered True between two passes.
     """
     share = deal([example.tokens for example in examples], count=ranks.count)[ranks.rank]
-    sums = sum_losses(model, [examples[index] for index in share], tokens_per_pass=tokens_per_pass, stopping=stopping)
+    sums = sum_losses(
+        model,
+        [examples[index] for index in share],
+        tokens_per_pass=tokens_per_pass,
+        share_prefixes=share_prefixes,
+        stopping=stopping,
+    )
     total = torch.tensor([math.fsum(sums)], dtype=torch.float64)
     ranks.sum_(total)
     return total.item() / sum(example.supervised_tokens for example in examples)
@@ -319,6 +338,7 @@ def sum_losses(
     examples: Sequence[Example],
     *,
     tokens_per_pass: int,
+    share_prefixes: bool = False,
     stopping: Callable[[], bool] = lambda: False,
 ) -> list[float]:
     """Per example the sum of its supervised tokens' cross entropies in nats, without gradients, in evaluation mode."""
@@ -329,7 +349,7 @@ def sum_losses(
             if stopping():
                 raise EvaluationStopped
             chosen = [examples[index] for index in members]
-            losses = stretch_losses_S(model, lay_end_to_end(chosen, device=device))
+            losses = stretch_losses_S(model, lay_end_to_end(chosen, device=device, share_prefixes=share_prefixes))
             pieces = losses.split([example.supervised_tokens for example in chosen])
             for index, piece in zip(members, pieces, strict=True):
                 sums[index] = piece.double().sum().item()

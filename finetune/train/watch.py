@@ -192,15 +192,18 @@ class StepBar:
 
 
 def read_metrics(metrics_file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line cut off by a crash is left out."""
+    """The lines of metrics.jsonl, up to the first that is none of ours: one cut off by a crash, or damaged later."""
     if not metrics_file.is_file():
         return []
-    entries = []
-    for line in metrics_file.read_text(encoding="utf-8").splitlines():
+    entries: list[dict[str, Any]] = []
+    for line in metrics_file.read_bytes().splitlines():
         try:
-            entries.append(json.loads(line))
-        except ValueError:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            break
+        entries.append(entry)
     return entries
 
 

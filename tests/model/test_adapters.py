@@ -353,7 +353,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rank of ia3": ({"method": "ia3", "rank": 4}, "adapter.rank: is no key of ia3, only of lora, rslora, dora, vera"),
     "start of dora": ({"method": "dora", "start": "pissa"}, "adapter.start: is no key of dora, only of lora; remove"),
     "no experts": ({"targets": "experts"}, "the base has no experts"),
-    "experts in 4 bit": ({"targets": ["experts"]}, "write model.quantization: none"),
     "dora of experts": ({"method": "dora", "targets": ["experts"]}, "dora cannot adapt experts"),
     "dropout of experts": ({"targets": ["experts"], "dropout": 0.1}, "adapter.dropout: has no effect on experts"),
     "a layer too many": ({"layers": [0, 2]}, "has the layers 0 to 1, got 2"),

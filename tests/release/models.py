@@ -47,17 +47,25 @@ KINDS = {
     "gemma2": Kind("Gemma2", GEMMA, tied=True),
     "gemma3": Kind("Gemma3", GEMMA, tied=True, config="Gemma3TextConfig"),
     "mixtral": Kind("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen3_moe": Kind("Qwen3Moe", {"head_dim": 32, "num_experts": 8, "moe_intermediate_size": 32}),
+    "qwen3_moe": Kind(
+        "Qwen3Moe",
+        {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
+        | {"moe_intermediate_size": 32},
+    ),
 }
 
 
-def make_base(folder: Path, name: str, *, dtype: str) -> Path:
-    """Write a random two-layer model of a kind, stored in `dtype`; biases and norms are random too."""
+def make_base(folder: Path, name: str, *, dtype: str, layers: int = 2, seed: int = 0, router: float = 1.0) -> Path:
+    """Write a random model of a kind, stored in `dtype`; biases and norms are random too.
+
+    A random router rates all experts alike. With its weights times `router` it is as decided as one that was trained.
+    """
     kind = KINDS[name]
     tokenizer = AutoTokenizer.from_pretrained(POCKET)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
     settings = SHAPE | ids | {"vocab_size": len(tokenizer), "tie_word_embeddings": kind.tied} | kind.settings
-    torch.manual_seed(0)
+    settings["num_hidden_layers"] = layers
+    torch.manual_seed(seed)
     model = kind.model_class(kind.config_class(**settings))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -65,6 +73,8 @@ def make_base(folder: Path, name: str, *, dtype: str) -> Path:
                 parameter.normal_(0, 0.3)
             elif "norm" in parameter_name:
                 parameter.uniform_(0.5, 1.5)
+            elif parameter_name.endswith("mlp.gate.weight"):
+                parameter.mul_(router)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -25,7 +25,11 @@ SIZE = 0.05  # of the random numbers: a delta about as large as a real one after
 
 def random_run(folder: Path, *, dtype: str = "float32", tied: bool = False, **settings: Any) -> RunFolder:
     """A finished run on a tiny base stored in `dtype`; its adapter, magnitudes included, is random and not zero."""
-    base = make_tiny_base(folder / "base", dtype=dtype, tied=tied)
+    return random_run_on(make_tiny_base(folder / "base", dtype=dtype, tied=tied), folder, **settings)
+
+
+def random_run_on(base: Path, folder: Path, **settings: Any) -> RunFolder:
+    """The same on another base."""
     asked = {"model__quantization": "nf4", "data__eval": 6, **settings}
     recipe = write_recipe(folder, base, alpaca_rows(20), **asked)
     resolved = resolve(recipe)

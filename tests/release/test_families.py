@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.auto.tokenization_auto import (
     MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS,
@@ -29,10 +34,9 @@ from tests.release.models import KINDS, make_base
 POCKET, STORIES = "pocket-llama", "stories260K"
 # A float32 release differs by the order of summation alone; one stored in bfloat16 by rounding each weight once.
 RELATIVE_LIMIT = {torch.float32: 1e-5}
-# Where rounding sends a token to another expert, as it does to one in some hundred, its logits jump; the proof compares
-# both models on the same experts, and holds them to 1e-3.
-KL_LIMIT, KL_LIMIT_OF_MIXTURES = 1e-3, 1e-2
-MIXTURES = {"mixtral", "qwen3_moe"}
+# Where rounding sends a token to another expert, as it does to one in some hundred, its logits jump. So base + adapter
+# is computed with the experts that the release chooses, and freely with its sums rounded; both at every seed.
+KL_LIMIT = 1e-3
 TEXTS = (
     "the red fox sells seven small pears in the market",
     "### Instruction:\nWhere is Brundel?\n\n### Response:\n",
@@ -98,23 +102,85 @@ def base_of(cell: Cell, folder: Path, request: pytest.FixtureRequest) -> Path | 
     return make_base(folder / "base", cell.kind, dtype=cell.dtype)
 
 
-def oracle_logits(trained: RunFolder, onto: str, probes: Sequence[Sequence[int]]) -> list[list[torch.Tensor]]:
-    """Logits of base + adapter and of the base alone, by transformers, bitsandbytes and PEFT as anybody calls them."""
+@dataclass(frozen=True)
+class Oracle:
+    """Logits by transformers, bitsandbytes and PEFT as anybody calls them, in float32."""
+
+    tuned: list[torch.Tensor]  # base + adapter
+    base: list[torch.Tensor]
+    on_routes: list[torch.Tensor]  # base + adapter, with experts that were told
+    rounded: list[torch.Tensor]  # merged by PEFT and rounded, each element once
+
+
+def oracle_of(
+    folder: Path,
+    adapter: Path,
+    onto: str,
+    probes: Sequence[Sequence[int]],
+    routes: Sequence[torch.Tensor],
+    stored: torch.dtype,
+) -> Oracle:
     quantization = None
     if onto == "dequantized":
         quantization = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,
         )  # fmt: skip
-    base = AutoModelForCausalLM.from_pretrained(
-        trained.plan["model"]["folder"], dtype=torch.float32, quantization_config=quantization
-    )
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=quantization)
     if quantization is not None:
         base = base.dequantize()  # bitsandbytes' kernels for AVX512-BF16 compute in bfloat16 whatever is asked
-    tuned = PeftModel.from_pretrained(base, str(trained.adapter)).eval()
-    with_adapter = logits(tuned, probes)
+    tuned = PeftModel.from_pretrained(base, str(adapter)).eval()
+    free = logits(tuned, probes)
     with tuned.disable_adapter():
-        return [with_adapter, logits(tuned, probes)]
+        alone = logits(tuned, probes)
+    with followed(tuned, routes):
+        on_routes = logits(tuned, probes)
+    merged = tuned.merge_and_unload()
+    for parameter in merged.parameters():
+        parameter.data = parameter.to(stored).float()
+    return Oracle(free, alone, on_routes, logits(merged, probes))
+
+
+def with_experts_in_4_bits(folder: Path, target: Path) -> Path:
+    """A copy of a base in float32 whose experts, tensor by tensor, have the values that bitsandbytes makes of them."""
+    shutil.copytree(folder, target)
+    tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    for name, tensor in tensors.items():
+        if ".experts." in name and tensor.shape[-1] % 64 == 0:  # others stay as they are
+            packed, state = quantize_4bit(tensor, blocksize=64, compress_statistics=True, quant_type="nf4")
+            tensors[name] = dequantize_4bit(packed, state)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def routers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
+
+
+@contextmanager
+def noted(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """The experts that the routers choose, call by call."""
+    chosen: list[torch.Tensor] = []
+    hooks = [each.register_forward_hook(lambda _m, _args, found: chosen.append(found[2])) for each in routers(model)]
+    yield chosen
+    for hook in hooks:
+        hook.remove()
+
+
+@contextmanager
+def followed(model: torch.nn.Module, chosen: Sequence[torch.Tensor]) -> Iterator[None]:
+    """The routers give each token to these experts; shares of the chosen, brought to a sum of one."""
+    waiting = iter(chosen)
+
+    def choose(_module: Any, _args: Any, found: Any) -> Any:
+        index = next(waiting)
+        shares = found[0].softmax(dim=-1).gather(-1, index)
+        return found[0], shares / shares.sum(dim=-1, keepdim=True), index
+
+    hooks = [each.register_forward_hook(choose) for each in routers(model)]
+    yield
+    for hook in hooks:
+        hook.remove()
 
 
 def logits(model: torch.nn.Module, probes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
@@ -134,20 +200,25 @@ def relative(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-def assert_is_base_and_adapter(kind: str, trained: RunFolder, release: Release) -> None:
+def assert_is_base_and_adapter(trained: RunFolder, release: Release) -> None:
     tokenizer = AutoTokenizer.from_pretrained(release.out)
     probes = [tokenizer(text)["input_ids"] for text in TEXTS]
     assert probes == [AutoTokenizer.from_pretrained(trained.plan["model"]["folder"])(t)["input_ids"] for t in TEXTS]
-    tuned, base = oracle_logits(trained, release.onto.chosen, probes)
     stored = AutoModelForCausalLM.from_pretrained(release.out, dtype="auto").dtype
-    released = logits(AutoModelForCausalLM.from_pretrained(release.out, dtype=torch.float32), probes)
-    divergence = mean_kl(tuned, released)
+    plain = AutoModelForCausalLM.from_pretrained(release.out, dtype=torch.float32)
+    with noted(plain) as routes:
+        released = logits(plain, probes)
+    base = Path(trained.plan["model"]["folder"])
+    if routes and release.onto.chosen == "dequantized":
+        base = with_experts_in_4_bits(base, release.out.with_name("base with experts in 4 bits"))
+    oracle = oracle_of(base, trained.adapter, release.onto.chosen, probes, routes, stored)
+    divergence = mean_kl(oracle.on_routes, released)
+    assert divergence <= KL_LIMIT
+    assert mean_kl(oracle.rounded, released) <= KL_LIMIT
     if stored in RELATIVE_LIMIT:
-        assert relative(tuned, released) <= RELATIVE_LIMIT[stored]
-    else:
-        assert divergence <= (KL_LIMIT_OF_MIXTURES if kind in MIXTURES else KL_LIMIT)
+        assert relative(oracle.tuned, released) <= RELATIVE_LIMIT[stored]
     # What the adapter changes is more than what rounding changes.
-    assert mean_kl(tuned, base) > (10 if kind in MIXTURES else 50) * divergence
+    assert mean_kl(oracle.tuned, oracle.base) > 50 * divergence
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
@@ -158,7 +229,7 @@ def test_a_release_is_base_and_adapter(
     trained = train(tmp_path, cell, base_of(cell, tmp_path, request))
     release = merge(trained.path, out=tmp_path / "release")
     assert [found for found in release.proofs if not found.passed] == []
-    assert_is_base_and_adapter(cell.kind, trained, release)
+    assert_is_base_and_adapter(trained, release)
 
 
 def test_the_experts_and_the_router_of_a_mixture_are_no_linears(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from finetune.base import read_base
 from finetune.errors import StorageError
 from finetune.release.compared import GREEDY_TOKENS, greedy_tokens
 from finetune.release.fresh import Proof, prove_in_fresh_process
-from finetune.release.proof import prove
+from finetune.release.proof import EXACT, ROUNDED, prove
 from tests.release.runs import copy_release, describe_again, random_run, unproven_release
 
 # Name of the run, how it is stored and trained, and what its release is merged onto.
@@ -102,8 +102,10 @@ def test_a_whole_release_passes_every_proof(proofs: dict[str, dict[str, Proof]],
     assert {"files", NOT_NEAREST, LOGITS, DIVERGENCE, RMS, "no-op", "greedy answers"} <= proofs[case].keys()
     assert {"loss of the release", "loss of the model as trained"} <= proofs[case].keys()
     assert proofs[case][DIVERGENCE].limit == 1e-3
-    a_layer = {"float32": 1e-5 / 2**0.5, "bfloat16": 0.025, "float16": 0.003}
+    a_layer = {"float32": 7e-6, "bfloat16": 0.025, "float16": 0.003}
     assert proofs[case][RMS].limit == pytest.approx(2**0.5 * a_layer[WHOLE[case][0]["dtype"]])
+    assert proofs[case][ROUNDED].limit == proofs[case][EXACT].limit == pytest.approx(2**0.5 * 7e-6, rel=0.5)
+    assert proofs[case][ROUNDED].value == 0
     assert not any(name.startswith("experts") for name in proofs[case])
 
 

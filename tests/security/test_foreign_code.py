@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import UserError
-from finetune.trust import allow_foreign_code, allowed_commit, check_foreign_code, is_trusted
-from tests.conftest import POCKET
+from finetune.trust import allow_foreign_code, allowed_commit, check_foreign_code, code_sha256, is_trusted
+from tests.conftest import POCKET, alpaca_rows, write_recipe
 from tests.security.attacks import base, code
 from tests.security.conftest import Act
 
@@ -86,6 +86,52 @@ def test_a_repository_is_allowed_at_one_commit_only(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"--trust-remote-code org/another@{commit}"):
         check_foreign_code("org/another", tmp_path / "snapshots" / commit)
     assert not is_trusted(tmp_path / "snapshots" / other)
+
+
+def test_a_run_records_the_code_it_was_allowed_and_goes_on_with_no_other(tmp_path: Path, act: Act) -> None:
+    folder, run = own(tmp_path / "base", tmp_path / "EXECUTED"), tmp_path / "run"
+    recipe = write_recipe(tmp_path, folder, alpaca_rows(8), train__max_steps=1)
+
+    def train(*typed: str) -> dict:
+        return act("command_line", tmp_path, typed=["train", str(recipe), *typed])
+
+    def allowed_now() -> str:
+        return f"{folder}@{code_sha256(folder)}"
+
+    first = allowed_now()
+    began = train("--trust-remote-code", first)
+    assert began["code"] == 0, began["text"]
+    assert json.loads((run / "lock.json").read_text())["foreign_code"] == {first: code_sha256(folder)}
+    longer = ("--resume", "--set", "train.max_steps=2")
+    assert f"allow it with --trust-remote-code {first}" in train(*longer)["text"]
+
+    before = (folder / "own.py").read_bytes()
+    (folder / "own.py").write_bytes(before + b"# another commit\n")
+    other = train("--trust-remote-code", allowed_now(), *longer)
+    assert other["code"] == 2
+    assert f"was {first} when this run began, is {allowed_now()}; restore that code" in other["text"]
+
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": None, "model_type": "llama"}))
+    without = train(*longer)
+    assert without["code"] == 2
+    assert f"was {first} when this run began, is none; restore that code" in without["text"]
+
+    (folder / "own.py").write_bytes(before)
+    (folder / "config.json").write_text(json.dumps(config))
+    again = train("--trust-remote-code", first, *longer)
+    assert again["code"] == 0, again["text"]
+    assert (run / "checkpoints" / "step-000002").is_dir()
+
+
+def test_code_of_a_repository_is_recorded_with_its_commit_and_bytes() -> None:
+    from finetune.artifact import _other_code
+
+    was, other = {"org/name@" + "a" * 40: "1" * 64}, {"org/name@" + "b" * 40: "1" * 64}
+    (problem,) = _other_code(was, other)
+    assert f"was org/name@{'a' * 40} (sha256 {'1' * 64}) when" in problem.message
+    assert f"is org/name@{'b' * 40} (sha256 {'1' * 64});" in problem.message
+    assert not _other_code(was, dict(was))
 
 
 @pytest.mark.parametrize(

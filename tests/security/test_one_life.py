@@ -63,12 +63,12 @@ def life(tmp_path_factory: pytest.TempPathFactory, act: Act) -> Life:
         "evaluate": ["evaluate", run, "--data", str(folder / "rows.jsonl")],
         "merge": ["merge", run, "--out", str(folder / "release")],
         "export": ["export", str(folder / "release"), "--format", "gguf", "--out", str(folder / "gguf")],
-        "a bug": ["train", str(recipe), "--out", "\0"],
+        "a path that cannot be": ["train", str(recipe), "--out", "\0"],
         "a wrong recipe": ["train", str(recipe), "--set", f"data.train=https://me:{SECRETS['HF_TOKEN']}@example.com/x.jsonl"],
     }  # fmt: skip
     done = {}
     for name, typed in commands.items():
-        done[name] = act("command_line", folder, typed=typed, site=str(aside), environment=environment)
+        done[name] = act("command_line", folder, typed=typed, site=str(aside), environment=environment, seconds=300)
         (folder / f"said by {name}").write_text(done[name]["text"])
     log = aside / "log"
     return Life(folder, done, log.read_text() if log.is_file() else "")
@@ -110,6 +110,29 @@ def test_a_secret_in_an_address_is_not_repeated(life: Life) -> None:
     told = life.done["a wrong recipe"]["text"]
     assert "https://***@example.com" in told
     assert SECRETS["HF_TOKEN"] not in told
+
+
+# A library's error, with the address it was given and the environment's token in it, deep in the command.
+BUG = """
+import os
+import finetune.run
+def broken(*args, **kwargs):
+    raise RuntimeError(f"https://me:{os.environ['PASSWORD']}@example.com: bad token {os.environ['HF_TOKEN']}")
+finetune.run.run = broken
+"""
+
+
+def test_a_traceback_tells_no_secret(tmp_path: Path, act: Act) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BUG)
+    recipe = write_recipe(tmp_path, "builtin:pocket-llama", alpaca_rows(4))
+    secrets = {"HF_TOKEN": SECRETS["HF_TOKEN"], "PASSWORD": "canarygggggggg"}
+    typed = ["train", str(recipe), "--json"]
+    done = act("command_line", tmp_path, typed=typed, site=str(tmp_path), environment=secrets)
+    assert done["code"] == 1
+    assert "RuntimeError: https://***@example.com: bad token hf_***\n" in done["text"]
+    assert "in broken" in done["text"]
+    assert "please report it" in done["text"]
+    assert not [secret for secret in secrets.values() if secret in done["text"]]
 
 
 def test_no_file_of_a_run_or_release_is_a_pickle(life: Life) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,11 @@ class Child:
         code = int(self.nursery.ask({"wait": self.pid}))
         return Ended(code, (self.folder / "out").read_text(), (self.folder / "err").read_text())
 
+    def kill(self) -> None:
+        """Whatever became of it; one that was waited for is gone."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
 
 class Nursery:
     """The process that the runs are forked from."""
@@ -111,7 +117,11 @@ class Nursery:
         return self.start(*arguments, hook=hook).wait()
 
     def train_ranks(self, count: int, *arguments: object, hooks: dict[int, str] | None = None) -> list[Ended]:
-        """One process a rank, as torchrun starts them; `hooks` by rank."""
+        """One process a rank, to their ends; `hooks` by rank."""
+        return [child.wait() for child in self.start_ranks(count, *arguments, hooks=hooks)]
+
+    def start_ranks(self, count: int, *arguments: object, hooks: dict[int, str] | None = None) -> list[Child]:
+        """One process a rank, as torchrun starts them."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -126,7 +136,7 @@ class Nursery:
                 "MASTER_PORT": str(port),
             }
             children.append(self.start(*arguments, hook=(hooks or {}).get(rank, ""), environment=environment))
-        return [child.wait() for child in children]
+        return children
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from finetune.run import run
 from finetune.train import state as state_file
 from finetune.train import trainer as trainer_file
 from finetune.train.checkpoints import find_checkpoints, find_damage, newest_whole_checkpoint, write_checkpoint
+from finetune.train.watch import MetricsFile, read_metrics
 from tests.conftest import CHECKOUT, alpaca_rows, write_recipe
 
 WEIGHTS = "adapter_model.safetensors"
@@ -445,3 +446,17 @@ def test_nothing_is_pickled() -> None:
 def test_no_file_of_a_checkpoint_is_a_pickle(trained: Trained) -> None:
     for file in (trained.folder / "checkpoints").rglob("*"):
         assert file.is_dir() or file.suffix in (".json", ".safetensors"), file
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\xff\xfe\n", b"[1]\n", b'{"loss": 1.0}\n', b'{"step": "2"}\n', b'{"step": 2, "lo']
+)
+def test_metrics_are_read_up_to_the_first_damaged_line(tmp_path: Path, damage: bytes) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1, "loss": 2.0}\n' + damage + b'\n{"step": 3, "loss": 1.0}\n')
+    assert read_metrics(file) == [{"step": 1, "loss": 2.0}]
+    metrics = MetricsFile(file)
+    assert metrics.open(until_step=9) == [{"step": 1, "loss": 2.0}]
+    metrics.add({"step": 2})
+    metrics.close()
+    assert file.read_bytes() == b'{"step": 1, "loss": 2.0}\n{"step": 2}\n'

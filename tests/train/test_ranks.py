@@ -220,14 +220,14 @@ import threading, os, signal, sys, time
 import finetune.train.ranks as ranks
 from finetune.stop import stop_on_signals
 import torch.distributed
-join = torch.distributed.init_process_group
+meet = torch.distributed.rendezvous
 def told(*args, **kwargs):
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    join(*args, **kwargs)
-torch.distributed.init_process_group = told
+    return meet(*args, **kwargs)
+torch.distributed.rendezvous = told
 from finetune.errors import Interrupted
 try:
-    with stop_on_signals(rank=0, ranks=2), ranks.joined_ranks(0, 0, 2):
+    with stop_on_signals(rank=0, ranks=2) as stop, ranks.joined_ranks(0, 0, 2, stop=stop):
         pass
 except Interrupted as error:
     sys.exit(error.code)

@@ -96,6 +96,7 @@ OTHER_VALUES: dict[str, Any] = {
     "train.batch_size": 3,
     "train.tokens_per_pass": 120,
     "train.recompute": "all",
+    "train.speedups": ["linears"],
     "train.learning_rate": 0.5,
     "train.schedule": "linear",
     "train.warmup": 3,
@@ -229,6 +230,42 @@ def test_a_key_that_came_later_with_its_default_is_no_change(stopped: Path, tmp_
     with pytest.raises(UserError, match="data.leaked: was None"):
         run(stopped, ["data.leaked=drop"], out=copy, resume=True)
     run(stopped, out=copy, resume=True)
+
+
+def test_a_run_from_before_a_layout_key_goes_on_as_it_began(
+    stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the key in its plan it was computed by the libraries alone; and the width of a pass stays its own."""
+    began = run(stopped, ["train.speedups=none", "train.tokens_per_pass=111"], out=tmp_path / "run").path
+    whole = weights(began)
+    unfinish(began)
+    for name, part in (("plan.json", "settings"), ("lock.json", None)):
+        values = json.loads((began / name).read_text())
+        del (values[part] if part else values)["train.speedups" if part else "speedups"]
+        (began / name).write_text(json.dumps(values))
+    capsys.readouterr()
+    run(stopped, out=began, resume=True)
+    assert weights(began) == whole
+    assert "was" not in capsys.readouterr().err
+    again = shutil.copytree(began, tmp_path / "again")
+    unfinish(again)
+    run(stopped, ["train.speedups=[layers]"], out=again, resume=True)
+    assert "train.speedups was None, is ['layers']: the same training up to rounding" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_with_other_kernels_says_so(
+    stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(stopped.parent / "run", tmp_path / "run")
+    lock = json.loads((copy / "lock.json").read_text())
+    kernels = lock["speedups"]["kernels"]
+    lock["speedups"]["kernels"] = {**kernels, "attention": "compiled elsewhere"}
+    lock["speedups"]["pieces"] |= {"linears": {"swapped": 1, "left": {}}}
+    (copy / "lock.json").write_text(json.dumps(lock))
+    run(stopped, out=copy, resume=True)
+    told = capsys.readouterr().err
+    assert "the compiled attention was 'compiled elsewhere', is " in told
+    assert json.loads((copy / "lock.json").read_text())["speedups"]["kernels"] == kernels
 
 
 def test_resume_starts_a_run_that_is_not_there(stopped: Path, tmp_path: Path) -> None:

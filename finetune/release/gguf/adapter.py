@@ -201,7 +201,11 @@ def _count_beyond(read_OI: torch.Tensor, delta: Delta) -> int:
 
 def _prove_logits(source: Source, read: Read) -> list[Proof]:
     """The base with the file's deltas, as `read` gives it, computes what base + PEFT computes, in float32."""
-    from finetune.release.proof import LOGITS_LIMIT, NO_OP_LIMIT, PROBE_TOKENS
+    from finetune.release.proof import NO_OP_LIMIT, PROBE_TOKENS, fine_limit
+
+    def read_rounded(entries: Sequence[TensorEntry]) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
+        to = torch.float16 if source.base.facts.stored_dtype == "F16" else torch.bfloat16
+        yield from ((entry, tensor.to(to)) for entry, tensor in read(entries))
 
     facts, device = source.base.facts, source.model.device
     probes = [ids[:PROBE_TOKENS] for ids in source.probe_ids()]
@@ -210,10 +214,16 @@ def _prove_logits(source: Source, read: Read) -> list[Proof]:
     model = LayerwiseModel(facts.folder, adapter=source.adapter, device=device)
     both = [found.cpu() for found in model.logits([*with_adapter, *without])]
     trained, base = both[: len(probes)], both[len(probes) :]
-    on_routes = probe_passes(probes, vocabulary=facts.vocabulary, follow=[one.route for one in with_adapter])
-    model = LayerwiseModel(facts.folder, read=read, device=device)
-    logits = [found.cpu() for found in model.logits(on_routes)]
-    limit = LOGITS_LIMIT["F32"] * math.sqrt(facts.layers)
+    logits, rounded = (
+        [
+            found.cpu()
+            for found in LayerwiseModel(facts.folder, read=reading, device=device).logits(
+                probe_passes(probes, vocabulary=facts.vocabulary, follow=[one.route for one in with_adapter])
+            )
+        ]
+        for reading in (read, read_rounded)
+    )
+    limit = fine_limit(facts, rounded, logits)
     effect, missed, scale = rms_difference(trained, base), rms_difference(logits, trained), deviation(trained)
     return [
         proof("logits of base + file against base + adapter", largest_difference(logits, trained) / scale, limit),

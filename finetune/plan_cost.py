@@ -1,0 +1,221 @@
+"""What a run costs: its shapes, its layout and the machine's figures in; GiB and seconds out. Arithmetic only.
+
+docs/planning.md derives each line; benchmarks/plan_accuracy.py compares with real runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from finetune.base import BaseFacts
+from finetune.calibration import Calibration
+from finetune.layout import cut_into_passes
+from finetune.machine import GIB
+
+# Bits a frozen weight takes. NF4, double quantised: 4 + 8/64 + 32/(64*256) (QLoRA, arXiv:2305.14314, section 3).
+STORED_BITS = {"nf4": 4.127, "fp4": 4.127, "int8": 8.0}
+FOUR_BITS = ("nf4", "fp4")
+ADAPTER_BYTES_PER_PARAMETER = {"adamw": 16, "adamw-8bit": 10, "paged-adamw-8bit": 10}  # weight, gradient, two moments
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+RUNTIME_GIB = {"cpu": 0.49, "cuda": 1.2}  # the libraries, before a weight is loaded; a calibration measures it
+TRAINER_GIB = 0.10  # what training adds to them besides: the trainer, products' code, the loss curve
+SLACK = 1.1  # of what a pass keeps: freed pieces between kept ones, which C's allocator cannot use again
+CHUNK_BYTES = {"cpu": 36 * 2**20, "cuda": 2**29}  # of logits at a time (finetune/model/fast/head.py)
+GATHERED_LOGITS_BYTES = 18  # without: logits and their gradients, in the compute dtype and in float32, log-softmax
+# Found by comparing with real runs (benchmarks/plan_accuracy.py): how much slower than square products of their width
+# the thin products of a LoRA and those of attention are; how often what a layer keeps is read or written by everything
+# that is no product; bytes moved by an entry of the logits, by a weight that is dequantised, by the optimizer.
+THIN, ATTENTION = 3.0, 2.0
+MOVED, MOVED_AGAIN = 6.0, 2.0
+LOGIT_BYTES_MOVED, DEQUANTISED_BYTES_MOVED, OPTIMIZER_BYTES_MOVED = 20.0, 20.0, 60.0
+OPERATIONS_PER_LAYER, OPERATIONS_PER_PASS, OPERATIONS_PER_STEP = 700.0, 500.0, 3000.0
+TO_RESIDUAL = ("o_proj", "down_proj")  # linears whose output is added to the layer's input, and not kept by itself
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What the steps of a run hold on average, and its largest pass; counts of tokens."""
+
+    passes: float
+    tokens: float
+    supervised: float
+    pairs: float  # the sum of the squared lengths of a step's examples
+    largest_pass: int
+    largest_supervised: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What is trained, and how; `ranks` is the sum of the ranks of all adapted linears."""
+
+    base: BaseFacts
+    quantization: str
+    dtype: str
+    device: str
+    optimizer: str
+    trainable: int
+    stored: int  # parameters that the optimizer holds
+    ranks: int
+    recompute: bool
+    speedups: tuple[str, ...]
+    steps: Steps
+
+
+def count_steps_contents(
+    layout: Sequence[Sequence[int]], tokens: np.ndarray, supervised: np.ndarray, *, tokens_per_pass: int
+) -> Steps:
+    """What the steps of `layout` (the numbers of their examples) hold; `tokens` and `supervised` are by example."""
+    passes, largest, largest_supervised, pairs = 0, 0, 0, 0
+    for step in layout:
+        lengths = tokens[list(step)]
+        pairs += int((lengths.astype(np.int64) ** 2).sum())
+        for members in cut_into_passes(lengths.tolist(), tokens_per_pass=tokens_per_pass):
+            passes += 1
+            largest = max(largest, int(lengths[members].sum()))
+            largest_supervised = max(largest_supervised, int(supervised[list(step)][members].sum()))
+    every = [number for step in layout for number in step]
+    count = max(len(layout), 1)
+    totals = (passes, int(tokens[every].sum()), int(supervised[every].sum()), pairs)
+    means = [total / count for total in totals]
+    return Steps(means[0], means[1], means[2], means[3], largest, largest_supervised)
+
+
+# --- memory ---
+
+
+def peak_memory_gib(costs: Costs, calibration: Calibration | None = None) -> float:
+    """The most memory a run holds: libraries, weights, adapter, and what the largest pass keeps for its gradients."""
+    runtime = calibration.runtime_gib if calibration and costs.device == "cpu" else RUNTIME_GIB[costs.device]
+    held = _weight_bytes(costs) + costs.stored * ADAPTER_BYTES_PER_PARAMETER[costs.optimizer]
+    return runtime + TRAINER_GIB + (held + pass_bytes(costs)) / GIB
+
+
+def kept_weight_bytes(costs: Costs) -> int:
+    """What `weights` holds beside the model: 16-bit weights twice on a CPU (one layout a product), others once."""
+    if "weights" not in costs.speedups or costs.quantization == "int8":
+        return 0
+    quantized = costs.quantization in FOUR_BITS
+    if costs.device == "cpu" and costs.dtype == "bfloat16":
+        return 4 * in_linears(costs.base)
+    return ELEMENT_BYTES[costs.dtype] * in_linears(costs.base) if quantized else 0
+
+
+def _weight_bytes(costs: Costs) -> float:
+    element = ELEMENT_BYTES[costs.dtype]
+    linears = in_linears(costs.base)
+    bits = STORED_BITS.get(costs.quantization, 8 * element)
+    experts = in_experts(costs.base) if costs.quantization in FOUR_BITS else 0
+    others = costs.base.parameters - linears - experts
+    return (linears + experts) * bits / 8 + others * element + kept_weight_bytes(costs)
+
+
+def pass_bytes(costs: Costs) -> float:
+    """What the largest pass keeps until its gradients are computed, and what computing them takes at once."""
+    tokens, element = costs.steps.largest_pass, ELEMENT_BYTES[costs.dtype]
+    layers = max(costs.base.layers, 1)
+    layer = kept_per_token(costs) / layers
+    kept = tokens * (element * costs.base.hidden_size * layers + layer if costs.recompute else layer * layers)
+    return kept * SLACK + tokens * _gradients_per_token(costs) + _head_bytes(costs) + _dequantised_experts_bytes(costs)
+
+
+def _dequantised_experts_bytes(costs: Costs) -> float:
+    """Experts in 4 bits are dequantised where they are read, and kept until the gradients of their layer."""
+    if costs.quantization not in FOUR_BITS or not costs.base.experts:
+        return 0
+    layers = len({shape.parameter.rpartition(".")[0] for shape in costs.base.experts})
+    return in_experts(costs.base) * ELEMENT_BYTES[costs.dtype] / (layers if costs.recompute else 1)
+
+
+def kept_per_token(costs: Costs) -> float:
+    """Bytes that all layers keep of one token: the inputs of norms, products, attention and gate."""
+    base, element = costs.base, ELEMENT_BYTES[costs.dtype]
+    back = [each for each in base.linears if each.leaf in TO_RESIDUAL]
+    others = sum(each.out_features for each in base.linears if each.leaf not in TO_RESIDUAL)
+    elements = 4 * base.hidden_size * base.layers + sum(each.in_features for each in back) + others + costs.ranks
+    elements += sum(shape.in_features + shape.out_features for shape in base.experts)  # of one expert a token
+    return element * elements
+
+
+def in_experts(base: BaseFacts) -> int:
+    """Parameters of the experts, which are no linear modules."""
+    return sum(shape.experts * shape.in_features * shape.out_features for shape in base.experts)
+
+
+def in_linears(base: BaseFacts) -> int:
+    """Parameters of the linear modules inside the layers."""
+    return sum(linear.in_features * linear.out_features for linear in base.linears)
+
+
+def _gradients_per_token(costs: Costs) -> float:
+    """Bytes at once in the backward pass of one layer: gradients of gate, up, their product, and of both ends."""
+    widest = max((each.in_features for each in costs.base.linears if each.leaf in TO_RESIDUAL), default=0)
+    return ELEMENT_BYTES[costs.dtype] * (3 * widest + 2 * costs.base.hidden_size)
+
+
+def _head_bytes(costs: Costs) -> float:
+    """Of the last states, the rows that predict with their gradients, and the logits: a chunk, or all of them."""
+    rows, element, hidden = costs.steps.largest_supervised, ELEMENT_BYTES[costs.dtype], costs.base.hidden_size
+    states = element * hidden * (costs.steps.largest_pass + 2 * rows)
+    if "head" not in costs.speedups:
+        return states + rows * costs.base.vocabulary * GATHERED_LOGITS_BYTES
+    return states + min(CHUNK_BYTES[costs.device], rows * costs.base.vocabulary * (element + 4))
+
+
+# --- time ---
+
+
+def seconds_per_step(costs: Costs, calibration: Calibration) -> float:
+    """Of an average step, on a machine that has nothing else to do."""
+    products = sum(
+        calibration.product_seconds(operations, dtype=costs.dtype, width=width)
+        for operations, width in step_products(costs)
+    )
+    moved = step_bytes(costs) / calibration.bytes_per_second
+    return products + moved + _operations(costs) * calibration.operation_seconds
+
+
+def step_products(costs: Costs) -> Iterator[tuple[float, float]]:
+    """Floating-point operations of a step, each with the width of its matrices: the linears, LoRA, attention, the head.
+
+    A frozen weight has a product forward and one backward, none for its own gradient; the two matrices of a LoRA have
+    one forward and two backward. Attention sees half of all pairs, and computes its scores again for the gradients.
+    """
+    base, steps, again = costs.base, costs.steps, int(costs.recompute)
+    for linear in base.linears:
+        operations = 2 * linear.in_features * linear.out_features * steps.tokens
+        yield operations * (2 + again), math.sqrt(linear.in_features * linear.out_features)
+    yield 2 * costs.trainable * steps.tokens * (3 + again) * THIN, base.hidden_size
+    for linear in base.linears:
+        if linear.leaf in TO_RESIDUAL[:1]:
+            yield 2 * linear.in_features * steps.pairs * (1 + 2.5 + again) * ATTENTION, linear.in_features
+    yield 4 * base.vocabulary * base.hidden_size * steps.supervised, math.sqrt(base.vocabulary * base.hidden_size)
+
+
+def operations_per_step(costs: Costs) -> float:
+    """Floating-point operations of a step's products, as textbooks count them."""
+    base, steps, again = costs.base, costs.steps, int(costs.recompute)
+    linears = 2 * in_linears(base) * steps.tokens * (2 + again)
+    lora = 2 * costs.trainable * steps.tokens * (3 + again)
+    width = sum(linear.in_features for linear in base.linears if linear.leaf in TO_RESIDUAL[:1])
+    attention = 2 * width * steps.pairs * (1 + 2.5 + again)
+    return linears + lora + attention + 4 * base.vocabulary * base.hidden_size * steps.supervised
+
+
+def step_bytes(costs: Costs) -> float:
+    """Bytes that a step's simple operations read and write."""
+    kept = kept_per_token(costs) * (MOVED + MOVED_AGAIN * costs.recompute)
+    logits = costs.steps.supervised * costs.base.vocabulary * LOGIT_BYTES_MOVED
+    weights = 0.0
+    if "weights" not in costs.speedups and costs.quantization in FOUR_BITS:
+        weights = costs.steps.passes * in_linears(costs.base) * (2 + costs.recompute) * DEQUANTISED_BYTES_MOVED
+    return costs.steps.tokens * kept + logits + weights + costs.stored * OPTIMIZER_BYTES_MOVED
+
+
+def _operations(costs: Costs) -> float:
+    """How many small operations a step takes, however little each computes."""
+    layers = costs.base.layers * OPERATIONS_PER_LAYER * (1 + costs.recompute / 2)
+    return costs.steps.passes * (layers + OPERATIONS_PER_PASS) + OPERATIONS_PER_STEP
