@@ -1,6 +1,6 @@
 """Install other toolkits into environments of their own and try each on a tiny model: which can train on this CPU.
 
-    python benchmarks/peers.py --folder /tmp/peers --out benchmarks/results/peers.json
+    python benchmarks/peers.py --folder /tmp/peers --out benchmarks/results/peers_speed.json
 
 How each is installed, configured and started: benchmarks/speed/peers.py. Where one cannot be installed or does not run,
 its own last words are the result. Needs a registry to install from; 8 GB in the folder for all four.

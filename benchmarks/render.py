@@ -124,8 +124,8 @@ def search_told(report: Report) -> list[str]:
             for name, run in ordered
         ]
         parts += [
-            f"TRL's settings tried with {key}: a few steps each, the rate of those after the first. One that leaves out "
-            "labels is not chosen.",
+            f"TRL's settings tried with {key}: a few steps each, the rate of those after the first. One that leaves "
+            "labels out is not chosen.",
             table(["SFTConfig", "tokens/s", "peak GB", "steps", "labels"], rows),
         ]
     return parts
@@ -309,7 +309,7 @@ def gpu_facts(runs: list[dict[str, Any]]) -> list[str]:
 Section = Callable[[Report, Path], list[str]]
 SECTIONS: dict[str, tuple[str, Section]] = {
     "training_speed": ("Beside other programs", speed_section),
-    "peers": ("Other toolkits", peers_section),
+    "peers_speed": ("Other toolkits", peers_section),
     "ablation_speed": ("What each piece gains", ablation_section),
     "linear_cost_speed": ("Longer passes, longer documents", linear_section),
     "parity_speed": ("The same training", parity_section),

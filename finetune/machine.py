@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GIB = 2**30
-UNSETTLED_GIB = 0.25
+UNSETTLED_GIB = 0.125
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def forget_products() -> None:
     It writes one for every shape and keeps a thousand. Every pass has another length, so that few are used again, and a
     run of a small model would double its memory by them.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def prepare_libraries() -> None:

@@ -22,8 +22,8 @@ FOUR_BITS = ("nf4", "fp4")
 ADAPTER_BYTES_PER_PARAMETER = {"adamw": 16, "adamw-8bit": 10, "paged-adamw-8bit": 10}  # weight, gradient, two moments
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 RUNTIME_GIB = {"cpu": 0.49, "cuda": 1.2}  # the libraries, before a weight is loaded; a calibration measures it
-TRAINER_GIB = 0.10  # what training adds to them besides: the trainer, products' code, the loss curve
-SLACK = 1.1  # of what a pass keeps: freed pieces between kept ones, which C's allocator cannot use again
+# What training adds: the trainer, oneDNN's programs for products of many lengths, freed memory not yet returned.
+TRAINER_GIB = {"cpu": 0.38, "cuda": 0.1}
 CHUNK_BYTES = {"cpu": 36 * 2**20, "cuda": 2**29}  # of logits at a time (finetune/model/fast/head.py)
 GATHERED_LOGITS_BYTES = 18  # without: logits and their gradients, in the compute dtype and in float32, log-softmax
 # Found by comparing with real runs (benchmarks/plan_accuracy.py): how much slower than square products of their width
@@ -91,7 +91,7 @@ def peak_memory_gib(costs: Costs, calibration: Calibration | None = None) -> flo
     """The most memory a run holds: libraries, weights, adapter, and what the largest pass keeps for its gradients."""
     runtime = calibration.runtime_gib if calibration and costs.device == "cpu" else RUNTIME_GIB[costs.device]
     held = _weight_bytes(costs) + costs.stored * ADAPTER_BYTES_PER_PARAMETER[costs.optimizer]
-    return runtime + TRAINER_GIB + (held + pass_bytes(costs)) / GIB
+    return runtime + TRAINER_GIB[costs.device] + (held + pass_bytes(costs)) / GIB
 
 
 def kept_weight_bytes(costs: Costs) -> int:
@@ -119,7 +119,7 @@ def pass_bytes(costs: Costs) -> float:
     layers = max(costs.base.layers, 1)
     layer = kept_per_token(costs) / layers
     kept = tokens * (element * costs.base.hidden_size * layers + layer if costs.recompute else layer * layers)
-    return kept * SLACK + tokens * _gradients_per_token(costs) + _head_bytes(costs) + _dequantised_experts_bytes(costs)
+    return kept + tokens * _gradients_per_token(costs) + _head_bytes(costs) + _dequantised_experts_bytes(costs)
 
 
 def _dequantised_experts_bytes(costs: Costs) -> float:

@@ -55,6 +55,9 @@ class StepTrainer(SFTTrainer):
         self.before_save: Callable[[], None] = lambda: None
         self.signalled: Callable[[], bool] = lambda: False
         super().__init__(**kwargs)
+        # All of it: PEFT's wrapper says that it trains while the base inside is as it was loaded, without dropout and
+        # recomputation.
+        self.adapted_model.train()
         # Never DDP: it would wait for a gradient in every pass, and ranks may differ in their number of passes.
         prepare = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.accelerator.prepare_model = prepare  # type: ignore[method-assign]

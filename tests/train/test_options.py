@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from finetune.errors import UserError
 from finetune.resolve import resolve
 from finetune.run import run
-from finetune.train.trainer import sum_losses
+from finetune.train.trainer import StepTrainer, sum_losses
 from finetune.train.watch import read_metrics
 from finetune.use.target import load_target
 from tests.conftest import CHECKOUT, alpaca_rows, write_recipe
@@ -129,3 +130,20 @@ def test_a_template_edited_after_training_began_is_refused(tiny_base: Path, tmp_
     template.write_text(template.read_text().replace("{{ m.content }}", " {{ m.content }}"))
     with pytest.raises(UserError, match="template_sha256"):
         run(recipe, resume=True)
+
+
+def test_every_module_is_in_training_mode_while_it_trains(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else dropout and recomputation would be off: PEFT's wrapper alone tells nothing of the base inside."""
+    modes: list[set[bool]] = []
+    accumulate = StepTrainer._accumulate_gradients
+
+    def watched(self: StepTrainer, model: torch.nn.Module, *args: Any) -> torch.Tensor:
+        modes.append({module.training for module in model.modules()})
+        return accumulate(self, model, *args)
+
+    monkeypatch.setattr(StepTrainer, "_accumulate_gradients", watched)
+    options = {"train__max_steps": 3, "data__eval": 2, "evaluate__every_steps": 1}
+    run(write_recipe(tmp_path, tiny_base, alpaca_rows(8), **options))
+    assert modes == [{True}] * 3
