@@ -11,14 +11,12 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
-import yaml
 from litgpt import Config
-from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
-from safetensors.torch import load_file
+from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
+
+FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 base, rows, repeats, folder, quantization = sys.argv[1:]
 checkpoint, data = Path(folder) / "checkpoint", Path(folder) / "data"
@@ -43,12 +41,10 @@ config = Config(
     norm_eps=theirs["rms_norm_eps"],
     mlp_class_name="LLaMAMLP",
 )
-weights: dict[str, torch.Tensor] = {}
-copy_weights_hf_llama(config, {}, weights, load_file(Path(base) / "model.safetensors"))
-torch.save(weights, checkpoint / "lit_model.pth")
-(checkpoint / "model_config.yaml").write_text(yaml.dump(asdict(config)))
-for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+for name in (*FILES, "model.safetensors"):
     shutil.copyfile(Path(base) / name, checkpoint / name)
+Config.from_name = lambda *_args, **_kwargs: config  # its converter knows published names only
+convert_hf_checkpoint(checkpoint)
 texts = json.loads(Path(rows).read_text())
 (data / "train.json").write_text(json.dumps(texts * int(repeats)))
 (data / "val.json").write_text(json.dumps(texts[:1]))

@@ -23,7 +23,7 @@ from tests.conftest import CHECKOUT
 WEIGHTS = "adapter_model.safetensors"
 
 SERVER = """
-import json, os, sys
+import json, os, signal, sys
 from finetune.machine import quiet_libraries
 quiet_libraries()
 import torch, trl, matplotlib.pyplot, transformers.models.llama.modeling_llama, rich.progress
@@ -56,6 +56,8 @@ for line in sys.stdin:
         continue
     pid = os.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever ignores them where the tests were started
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         child(order)
     print(pid, flush=True)
 """
