@@ -99,7 +99,8 @@ class SignsOfLife:
             waited = now - self._waiting_since
             if silent:
                 self._leave(f"rank {silent[0]} has given no sign of life for {SILENCE_SECONDS:g} seconds")
-            elif self.in_steps and waited > max(SILENCE_SECONDS, TIMES * self._longest):
+            # Twice, so that of a rank that is stopped the silence is noticed first, which names it.
+            elif self.in_steps and waited > max(2 * SILENCE_SECONDS, TIMES * self._longest):
                 self._give_up(waited)
 
     def _give_up(self, waited: float) -> None:
