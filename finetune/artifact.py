@@ -19,9 +19,12 @@ from finetune.data.sources import source_files
 from finetune.data.template import Template
 from finetune.errors import Problem, StorageError, UserError, raise_problems, storing
 from finetune.plan import Plan
+from finetune.plan_layout import Lowered
+from finetune.quantised_base import stored_as
 from finetune.recipe import DataSection, load_recipe
 from finetune.resume_keys import Changes, compare_plans
 from finetune.trust import OPTION, trusted_code
+from finetune.weight_hashes import weight_sha256
 
 LIBRARIES = (
     "torch",
@@ -101,6 +104,18 @@ class RunFolder:
             if was != now
         ]
 
+    def keep_lowered(self, lowered: Sequence[Lowered]) -> None:
+        """Note what became of the passes' layout after out of memory, before a step is computed so.
+
+        Raises:
+            StorageError: plan.json cannot be written.
+        """
+        plan = self.plan
+        with storing(self.path / "plan.json"):
+            write_json(
+                self.path / "plan.json", {**plan, "train": {**plan["train"], "lowered": [*map(asdict, lowered)]}}
+            )
+
     def write_adapter(self, base: Base, template: Template, save: Callable[[Path], None]) -> None:
         """adapter/: PEFT's files, tokenizer and template; complete or not there at all."""
         staging = self.path / ".adapter.partial"
@@ -137,10 +152,12 @@ def open_run_folder(
     if not is_free(folder.path):
         lock = _lock(recipe_path, overrides, base, data, plan)
         changes = _compare_with_begun(folder, resolved, lock, recipe_path, overrides)
+        ended_early = folder.is_finished and folder.result["steps"] < folder.plan["steps"]
         if changes.notes:
             sys.stderr.write("".join(f"{folder.path}: {note}\n" for note in changes.notes))
             with storing(folder.path):
-                _rewrite(folder, resolved, recipe_path, lock, longer=changes.longer)
+                again = changes.longer or (changes.more_patient and ended_early)
+                _rewrite(folder, resolved, recipe_path, lock, again=again)
         return folder
     with storing(folder.path):
         try:
@@ -167,9 +184,9 @@ def _create(folder: RunFolder, plan: dict[str, Any], recipe_path: Path, lock: di
     write_json(folder.path / "plan.json", plan)
 
 
-def _rewrite(folder: RunFolder, plan: dict[str, Any], recipe_path: Path, lock: dict[str, Any], *, longer: bool) -> None:
-    """The plan that a run goes on with; one that became longer is not finished any more."""
-    if longer:
+def _rewrite(folder: RunFolder, plan: dict[str, Any], recipe_path: Path, lock: dict[str, Any], *, again: bool) -> None:
+    """The plan that a run goes on with; one that became longer, or more patient, is not finished any more."""
+    if again:
         (folder.path / "result.json").unlink(missing_ok=True)
     before = read_json(folder.path / "lock.json")
     staging = folder.path / ".recipe.yaml.partial"
@@ -261,13 +278,13 @@ def _code_text(allowed: Mapping[str, str]) -> str:
     return ", ".join(words) or "none"
 
 
-def settings_begun_with(path: Path) -> dict[str, Any] | None:
-    """The settings of the run in a folder; None if there is no run.
+def plan_begun_with(path: Path) -> dict[str, Any] | None:
+    """The plan.json of the run in a folder; None if there is no run.
 
     Raises:
         UserError: its plan.json is none of ours.
     """
-    return _read_plan(RunFolder(path))["settings"] if (path / "plan.json").is_file() else None
+    return _read_plan(RunFolder(path)) if (path / "plan.json").is_file() else None
 
 
 def _read_plan(folder: RunFolder) -> dict[str, Any]:
@@ -327,7 +344,8 @@ def _lock(recipe_path: Path, overrides: Sequence[str], base: Base, data: DataSec
         "recipe_sha256": sha256_of(recipe_path),
         "overrides": list(overrides),
         "base": base.facts.base,
-        "base_sha256": {file.name: sha256_of(file) for file in weight_files(base.facts.folder)},
+        "base_sha256": weight_sha256(weight_files(base.facts.folder)),
+        "base_stored": stored_as(base.facts.folder),
         "tokenizer_sha256": {file.name: sha256_of(file) for file in tokenizer_files if file.is_file()},
         "data_sha256": {str(file): sha256_of(file) for file in files},
         "foreign_code": trusted_code(),

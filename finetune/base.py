@@ -19,6 +19,7 @@ from finetune.errors import Problem, StorageError, UserError
 from finetune.families import VISION
 from finetune.fetch import fetch, local_folder, remote_tensors
 from finetune.machine import cache_folder
+from finetune.quantised_base import facts_folder, find_stored, is_gguf, listed_tensors, ordinary_folder
 from finetune.trust import allowed_commit, check_foreign_code, hand_over_to_child, is_trusted, take_over
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class BaseFacts:
     experts: tuple[ExpertShape, ...] = ()
     image_layers: tuple[int, ...] = ()  # that attend to an image: rows of text pass them by (Llama 3.2 vision)
     has_vision: bool = False  # a tower beside the language model, which is neither quantised nor adapted
+    active_experts: int = 0  # of a layer, that a token passes; 0: there are none, or the config does not say
 
 
 @dataclass(frozen=True)
@@ -154,19 +156,24 @@ class Base:
         return token_id
 
 
-def read_base(base: str, *, revision: str | None = None, weights: bool = True) -> Base:
+def read_base(base: str, *, revision: str | None = None, weights: bool = True, as_stored: bool = False) -> Base:
     """Facts, tokenizer and template of a base, which is fetched if it is not here; without `weights` all but these.
+
+    One that is stored quantised is what its values are in 16 bits (finetune/quantised_base.py), unless it is taken
+    `as_stored`.
 
     Raises:
         UserError: no such base, no weights in safetensors form, a config or tokenizer that cannot be read, or one that
             asks for foreign code.
     """
     if weights or is_here(base, revision=revision):
-        folder = find_base_folder(base, revision=revision)
-        tensors = list(read_tensor_entries(folder))
+        folder, tensors = _folder_and_tensors(base, revision, weights=weights, as_stored=as_stored)
     else:
         fetched = fetch(base, revision=revision, weights=False, tell=_tell)
         folder = fetched.folder
+        if find_stored(folder):  # its shapes are in its weights
+            message = "is stored quantised, so that a plan needs its weights; run `finetune fetch` for it first"
+            raise UserError(Problem(base, message))
         remote = remote_tensors(base, fetched.commit)
         tensors = [TensorEntry(name, folder, dtype, shape) for name, dtype, shape in remote]
     config = _read_json(folder / "config.json")
@@ -182,8 +189,31 @@ def read_base(base: str, *, revision: str | None = None, weights: bool = True) -
     )
 
 
+def _folder_and_tensors(
+    base: str, revision: str | None, *, weights: bool, as_stored: bool
+) -> tuple[Path, list[TensorEntry]]:
+    if not (weights or as_stored) and (stored := find_stored(path := _path_of(base, revision))):
+        check_foreign_code(base, path)
+        folder = facts_folder(stored)
+        return folder, [TensorEntry(name, folder, dtype, shape) for name, dtype, shape in listed_tensors(folder)]
+    folder = _path_of(base, revision) if as_stored else find_base_folder(base, revision=revision)
+    return folder, list(read_tensor_entries(folder))
+
+
 def find_base_folder(base: str, *, revision: str | None = None) -> Path:
-    """The folder that holds a base: one of ours, a path, or a hub id (downloaded if it is not cached yet)."""
+    """The folder that holds a base in 16 or 32 bits: one of ours, a path, or a hub id (fetched if it is not here).
+
+    Of a base that is stored quantised it is the folder in the cache with its values, made if it is not there.
+    """
+    path = _path_of(base, revision)
+    if stored := find_stored(path):
+        check_foreign_code(base, path)
+        return ordinary_folder(stored)
+    return path
+
+
+def _path_of(base: str, revision: str | None) -> Path:
+    """Where a base lies, in whatever form."""
     if base.startswith("builtin:"):
         folder = ASSETS / base.removeprefix("builtin:")
         known = sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
@@ -195,8 +225,9 @@ def find_base_folder(base: str, *, revision: str | None = None) -> Path:
     if base.startswith((".", "/", "~")) or path.exists():
         if not path.exists():
             raise UserError(Problem(base, "no such folder; correct the path, or give a hub id or builtin:NAME"))
-        if not (path / "config.json").is_file():
-            raise UserError(Problem(base, "not a base folder: it has no config.json; give a folder or a hub id"))
+        if not ((path / "config.json").is_file() or is_gguf(path)):
+            message = "not a base folder: it has no config.json, nor one .gguf file; give a folder or a hub id"
+            raise UserError(Problem(base, message))
         return path
     return _hub_folder(base, revision)
 
@@ -419,6 +450,7 @@ def _facts(
         ),
         image_layers=tuple(text.get("cross_attention_layers") or ()),
         has_vision=any(is_vision(tensor.name) for tensor in tensors),
+        active_experts=int(text["num_experts_per_tok"]) if _is_count(text.get("num_experts_per_tok")) else 0,
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from finetune.artifact import refuse_unusable
 from finetune.base import Base, read_base
 from finetune.base_problems import find_adapter_problems, find_base_problems
+from finetune.check_unseen import check_unseen, unseen_model
 from finetune.data.cached import Progress
 from finetune.data.passes import Packing, packing_of
 from finetune.data.pool import Examples
@@ -108,6 +109,9 @@ def check(
     recipe = load_recipe(recipe_path, overrides)
     if only == "recipe":
         return Checked(None, None, None, (), (), 0)
+    if only != "data" and (model := unseen_model(recipe)):
+        problems, rehearsed = check_unseen(recipe, model, rehearse)
+        return replace(_failed(problems), rehearsed=rehearsed, proofs=tuple(map(_proof, rehearsed.proofs)))
     try:
         base = read_base(recipe.model.base, revision=recipe.model.revision)
         if only == "rehearsal":
@@ -181,6 +185,7 @@ def _plan(recipe: Recipe, data: PreparedData) -> tuple[Plan | None, list[Problem
     problems = [problem] if problem else []
     if plan.adapter.start_from:
         problems += find_adapter_problems(plan.adapter.start_from, data.base)
+    problems += _prompt_problems(plan, data)
     try:
         refuse_unusable(plan, resume=True)
         there = next(path for path in (plan.run_folder, *plan.run_folder.absolute().parents) if path.is_dir())
@@ -188,6 +193,18 @@ def _plan(recipe: Recipe, data: PreparedData) -> tuple[Plan | None, list[Problem
     except (UserError, StorageError) as error:
         problems += error.problems
     return plan, problems
+
+
+def _prompt_problems(plan: Plan, data: PreparedData) -> Sequence[Problem]:
+    if plan.train.prompts is None:
+        return ()
+    from finetune.data.prompts import read_prompts  # what reads rows without the cache
+
+    try:
+        read_prompts(plan.train.prompts, data.base, data.template, system=plan.settings["data.system"])
+    except UserError as error:
+        return error.problems
+    return ()
 
 
 def prove(data: PreparedData) -> Iterator[Proof]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from finetune.cli_text import cache_text, check_text, plan_text, reading_line, stage_line, train_text
+from finetune.cli_text import cache_text, check_text, reading_line, stage_line, train_text
 from finetune.errors import FinetuneError, Interrupted, OutOfMemoryError, Problem, UserError
 from finetune.machine import go_offline, launched_rank, prepare_libraries
 from finetune.stop import stop_on_signals
@@ -93,16 +93,28 @@ def train(
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on",
+            metavar="MACHINE",
+            help="For h200, h100, a100-80, a100-40, l40s, 4090, 3090, t4, mac or cpu in place of this machine.",
+        ),
+    ] = None,
+    fit: Annotated[
+        str | None, typer.Option("--fit", metavar="SIZE", help="Which keys to change to fit in so much memory: 24GB.")
+    ] = None,
     foreign_code: TrustedCode = None,
     as_json: AsJson = False,
     offline: Offline = False,
 ) -> None:
-    """Every number a run will use, resolved, before a weight is loaded."""
+    """Every number a run will use, resolved, before a weight is loaded; of a published base also without having it."""
     _prepare(offline, foreign_code)
-    from finetune.resolve import plan_values
+    from finetune.plan_text import plan_text
+    from finetune.planned import plan_values
 
     with reading_line() as progress:
-        values = plan_values(recipe, overrides or (), progress=progress)
+        values = plan_values(recipe, overrides or (), progress=progress, on=on, fit=fit)
     _answer({**values, "foreign_code": trusted_code()}, as_json, plan_text(values))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ EIGHTHS = " \u258f\u258e\u258d\u258c\u258b\u258a\u2589\u2588"
 
 def train_text(result: Mapping[str, Any]) -> str:
     held_out = "" if result["eval_loss"] is None else f", held-out loss {result['eval_loss']:.4f}"
+    held_out += f"; the adapter is that of step {result['adapter_step']}" if result.get("adapter_step") else ""
     run = result["run"]
     return (
         f"{result['steps']} steps, {result['examples']} examples, {result['supervised_tokens']:,} supervised tokens\n"
@@ -28,48 +28,6 @@ def train_text(result: Mapping[str, Any]) -> str:
         f"{run}/adapter loads with plain PEFT; the loss curve is {run}/loss.png\n"
         f"next: finetune chat {run}, or finetune merge {run} --out releases/{Path(run).name}"
     )
-
-
-def plan_text(values: Mapping[str, Any]) -> str:
-    """The plan as lines: numbers, then every setting; what is a default, estimated or unknown is marked."""
-    defaults = set(values["defaults"])
-    estimated = set(values["estimated"])
-    numbers = [
-        "steps", "examples", "eval_examples", "tokens", "supervised_tokens", "base_parameters", "trainable_parameters",
-        "tokens_per_pass", "passes_per_step", "peak_memory_gib", "disk_gib",
-    ]  # fmt: skip
-    lines = [f"{key:22} {_number(values[key])}{'  (estimated)' if key in estimated else ''}" for key in numbers]
-    lines += _seconds(values)
-    dropped = ", ".join(f"{count} {reason}" for reason, count in values["dropped"].items()) or "none"
-    lines += [f"{'rows dropped':22} {dropped}"]
-    if values["peak_memory_gib"] > values["device_memory_gib"]:
-        lines.append(f"{'does not fit':22} {values['device_name']} has {values['device_memory_gib']:.1f} GiB")
-    if values["stop_token_ids"] is None:
-        told = "the base is not on this machine: its published shape was used, tokens come from the rows' bytes"
-        lines += ["", told]
-    lines.append("")
-    lines += [
-        f"{key:28} {json.dumps(value, ensure_ascii=False)}{_mark(key, defaults, estimated)}"
-        for key, value in values["settings"].items()
-    ]
-    return "\n".join(lines)
-
-
-def _seconds(values: Mapping[str, Any]) -> list[str]:
-    """How long a step and all of them take, or how to find out."""
-    if values["seconds_per_step"] is None:
-        if "uncalibrated" not in values["estimated"]:
-            return []
-        return [f"{'seconds':22} unknown: finetune doctor --calibrate measures this machine, once"]
-    step, total = values["seconds_per_step"], values["seconds"]
-    length = (
-        f"{total:,.0f} s" if total < 120 else f"{total / 60:,.0f} min" if total < 7200 else f"{total / 3600:,.1f} h"
-    )
-    return [f"{'seconds_per_step':22} {step:,.3g}  (estimated)", f"{'seconds':22} {length}  (estimated)"]
-
-
-def _mark(key: str, defaults: set[str], estimated: set[str]) -> str:
-    return "  (estimated)" if key in estimated else "  (default)" if key in defaults else ""
 
 
 def check_text(values: Mapping[str, Any], *, colour: bool) -> str:

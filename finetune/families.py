@@ -6,7 +6,7 @@ Shapes are those of the config.json that each publisher ships. Parameter counts 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 EVERY_LINEAR = "all-linear"
 
@@ -163,6 +163,12 @@ MIXTRAL_8X7B = Shape(32_000, 4096, 14_336, 32, 32, 8, experts=Experts(8, 2, 14_3
 MIXTRAL_8X22B = Shape(32_000, 6144, 16_384, 56, 48, 8, experts=Experts(8, 2, 16_384))
 SCOUT_VISION = Vision("llama4", 1408, 5632, 34, 336)
 LLAMA_32_VISION = Vision("mllama", 1280, 5120, 32, 560)  # and 8 global layers
+L11B_VISION = Shape(128_256, 4096, 14_336, 32, 32, 8, cross_layers=8, vision=LLAMA_32_VISION)
+L90B_VISION = Shape(128_256, 8192, 28_672, 80, 64, 8, cross_layers=20, vision=LLAMA_32_VISION)
+SCOUT = Shape(
+    202_048, 5120, 16_384, 48, 40, 8, 128, experts=Experts(16, 1, 8192, shared_intermediate=8192), vision=SCOUT_VISION
+)
+MAVERICK = replace(SCOUT, experts=Experts(128, 1, 8192, shared_intermediate=8192, every=2))
 SIGLIP = Vision("siglip", 1152, 4304, 27, 896)
 
 MODELS = (
@@ -194,34 +200,15 @@ MODELS = (
     Model("Llama 3.2", "meta-llama/Llama-3.2-1B-Instruct", Shape(128_256, 2048, 8192, 16, 32, 8, tied=True)),
     Model("Llama 3.2", "meta-llama/Llama-3.2-3B", Shape(128_256, 3072, 8192, 28, 24, 8, tied=True)),
     Model("Llama 3.2", "meta-llama/Llama-3.2-3B-Instruct", Shape(128_256, 3072, 8192, 28, 24, 8, tied=True)),
-    Model(
-        "Llama 3.2 Vision",
-        "meta-llama/Llama-3.2-11B-Vision-Instruct",
-        Shape(128_256, 4096, 14_336, 32, 32, 8, cross_layers=8, vision=LLAMA_32_VISION),
-    ),
-    Model(
-        "Llama 3.2 Vision",
-        "meta-llama/Llama-3.2-90B-Vision-Instruct",
-        Shape(128_256, 8192, 28_672, 80, 64, 8, cross_layers=20, vision=LLAMA_32_VISION),
-    ),
+    Model("Llama 3.2 Vision", "meta-llama/Llama-3.2-11B-Vision", L11B_VISION),
+    Model("Llama 3.2 Vision", "meta-llama/Llama-3.2-11B-Vision-Instruct", L11B_VISION),
+    Model("Llama 3.2 Vision", "meta-llama/Llama-3.2-90B-Vision", L90B_VISION),
+    Model("Llama 3.2 Vision", "meta-llama/Llama-3.2-90B-Vision-Instruct", L90B_VISION),
     Model("Llama 3.3", "meta-llama/Llama-3.3-70B-Instruct", L70B),
-    Model(
-        "Llama 4",
-        "meta-llama/Llama-4-Scout-17B-16E-Instruct",
-        Shape(
-            202_048, 5120, 16_384, 48, 40, 8, 128, experts=Experts(16, 1, 8192, shared_intermediate=8192),
-            vision=SCOUT_VISION,
-        ),
-    ),
-    Model(
-        "Llama 4",
-        "meta-llama/Llama-4-Maverick-17B-128E-Instruct",
-        Shape(
-            202_048, 5120, 16_384, 48, 40, 8, 128, experts=Experts(128, 1, 8192, shared_intermediate=8192, every=2),
-            vision=SCOUT_VISION,
-        ),
-        1_048_576,
-    ),
+    Model("Llama 4", "meta-llama/Llama-4-Scout-17B-16E", SCOUT, 262_144),
+    Model("Llama 4", "meta-llama/Llama-4-Scout-17B-16E-Instruct", SCOUT),
+    Model("Llama 4", "meta-llama/Llama-4-Maverick-17B-128E", MAVERICK, 262_144),
+    Model("Llama 4", "meta-llama/Llama-4-Maverick-17B-128E-Instruct", MAVERICK, 1_048_576),
     Model("Alpaca", "tatsu-lab/alpaca-7b-wdiff", Shape(32_001, 4096, 11_008, 32, 32, 32)),
     Model("Vicuna", "lmsys/vicuna-7b-v1.5", L7B),
     Model("Vicuna", "lmsys/vicuna-13b-v1.5", L13B),

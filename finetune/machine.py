@@ -6,15 +6,17 @@ import ctypes
 import logging
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 GIB = 2**30
-UNSETTLED_GIB = 0.125
+UNSETTLED_GIB = 0.0625
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ def go_offline() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def keeps_4bit() -> bool:
+    """Whether bases that were quantised to 4 bits may be kept on disk (FINETUNE_4BIT_CACHE, which is on by default)."""
+    return os.environ.get("FINETUNE_4BIT_CACHE", "").upper() not in {"0", "FALSE", "NO", "OFF"}
+
+
 def launched_rank() -> tuple[int, int, int]:
     """Rank, rank on this host and number of ranks, as a launcher such as torchrun says; (0, 0, 1) without one."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -70,6 +77,8 @@ def quiet_libraries() -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # gloo and the store of several ranks tell on stderr how they try again; what becomes of it, we say ourselves.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # bitsandbytes tries to fetch a CPU kernel while it is imported, says that it failed, and works without it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # Two deprecations between the pinned libraries, which no user can cure: PEFT reads and TRL sets the old names of
@@ -105,6 +114,7 @@ def forget_products() -> None:
     run of a small model would double its memory by them.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")  # of a second cache, torch's own in front of it
 
 
 def prepare_libraries() -> None:
@@ -122,22 +132,69 @@ def return_freed_memory() -> None:
         library.malloc_trim(0)
 
 
-def settle_memory(before_gib: float) -> float:
-    """Return freed memory if this process holds much more than `before_gib`; what it then holds, for the next time.
+def settle_memory(most_gib: float) -> float:
+    """Return freed memory if this process holds much more than it needs; what to call this with after the next step.
 
     Passes of changing lengths leave holes that C's allocator seldom fills: without this a run's memory grows for hours.
+    What a step needs is what is held after one that began with nothing freed, so that only holes are returned: memory
+    that the next step takes again costs it a fault for every page. `most_gib` is the most that was needed so far, or
+    negative (or 0) where nothing freed was held when the step began.
     """
     held_gib = resident_gib()
-    if held_gib - before_gib < UNSETTLED_GIB:
-        return before_gib
+    if most_gib <= 0:
+        return max(held_gib, -most_gib)
+    if held_gib - most_gib < UNSETTLED_GIB:
+        return most_gib
     return_freed_memory()
-    return resident_gib()
+    return -most_gib
 
 
 def resident_gib() -> float:
     """What this process holds in memory now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
     return pages * os.sysconf("SC_PAGE_SIZE") / GIB
+
+
+@dataclass(frozen=True)
+class Work:
+    """What processes have done: processor time, and bytes that went through their system calls or came from a disk."""
+
+    processor_seconds: float
+    moved_bytes: int
+
+    def is_beyond(self, before: Work, *, by: Work) -> bool:
+        """Whether it differs by more than that; what an ended child has moved is not counted any more."""
+        more_seconds = abs(self.processor_seconds - before.processor_seconds) > by.processor_seconds
+        return more_seconds or abs(self.moved_bytes - before.moved_bytes) > by.moved_bytes
+
+
+def work_done(root: Path = Path("/proc")) -> Work | None:
+    """By this process and its children since they began; None where the system does not say (other than Linux)."""
+    if not (root / "self" / "io").is_file():
+        return None
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(each.ru_utime + each.ru_stime for each in used)
+    moved = _moved_bytes(root / "self")
+    for child in _living_children(root, os.getpid()):
+        with suppress(OSError, ValueError, IndexError):  # it may end meanwhile, or be another user's
+            ticks = (root / str(child) / "stat").read_text().rpartition(")")[2].split()[11:13]
+            seconds += sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+            moved += _moved_bytes(root / str(child))
+    return Work(seconds, moved)
+
+
+def _moved_bytes(process: Path) -> int:
+    counts = dict(line.split(": ") for line in (process / "io").read_text().splitlines())
+    return sum(int(counts[name]) for name in ("rchar", "wchar", "read_bytes"))
+
+
+def _living_children(root: Path, process: int) -> list[int]:
+    """Children and theirs."""
+    found: list[int] = []
+    for file in (root / str(process) / "task").glob("*/children"):
+        with suppress(OSError):
+            found += map(int, file.read_text().split())
+    return found + [each for child in found for each in _living_children(root, child)]
 
 
 def free_memory_gib(device: str = "cpu") -> float | None:

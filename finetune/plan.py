@@ -20,9 +20,10 @@ from finetune.calibration import Calibration
 from finetune.errors import Problem, raise_problems
 from finetune.layout import Mixture, count_steps, lay_out_steps
 from finetune.machine import GIB, Machine
-from finetune.plan_cost import Costs, count_steps_contents, peak_memory_gib, seconds_per_step
+from finetune.plan_cost import ELEMENT_BYTES, Costs, count_steps_contents, peak_memory_gib, seconds_per_step
 from finetune.plan_layout import AUTO_TOKENS_PER_PASS as AUTO_TOKENS_PER_PASS
-from finetune.plan_layout import Layout, layout_problems, possible_layouts
+from finetune.plan_layout import Layout, Lowered, layout_problems, possible_layouts
+from finetune.plan_stages import disk_gib, expert_seconds, operations_per_token, stages_gib, stored_weight_bytes
 from finetune.recipe import Recipe
 
 CHECKPOINT_BYTES_PER_PARAMETER = {"adamw": 12, "adamw-8bit": 6, "paged-adamw-8bit": 6}  # weight and two moments
@@ -91,6 +92,11 @@ class TrainPlan:
     log_to: tuple[str, ...]
     learning_rate_ratio: float = 1.0  # of an adapter's B to that of everything else (LoRA+)
     speedups: tuple[str, ...] = ()  # what our own code computes of a pass: names of plan_layout.SPEEDUPS
+    open_keys: tuple[str, ...] = ()  # of the layout: those that the recipe leaves to `auto`
+    lowered: tuple[Lowered, ...] = ()  # what became of the layout after out of memory
+    patience: int | None = None  # evaluations without a lower loss that end the run
+    prompts: str | None = None  # a file of them, answered at every evaluation
+    keep_best: bool = False  # the checkpoint with the lowest held-out loss, which becomes the adapter
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,10 @@ class Plan:
     disk_gib: float
     seconds_per_step: float | None  # None: this machine is not calibrated
     seconds: float | None  # of all steps, without evaluations and saves
+    weights_gib: float  # of the loaded base
+    stages_gib: Mapping[str, float]  # peak of load, step, evaluate, merge
+    disk_parts_gib: Mapping[str, float]  # base, run, release
+    operations_per_token: float  # floating-point ones of the products, of training
     settings: Mapping[str, Any]  # the recipe's keys, resolved
     defaults: tuple[str, ...]  # those of them that nobody wrote
     estimated: tuple[str, ...]
@@ -152,6 +162,7 @@ def make_plan(  # noqa: PLR0913 - all that a plan follows from
     adapter = plan_adapter(recipe, base, token_ids)
     problems = adapter_problems(recipe, adapter, base, token_ids)
     problems += _machine_problems(recipe, machine) + _context_problems(recipe, base, data)
+    problems += _held_out_problems(recipe, data)
     raise_problems([*problems, *layout_problems(recipe, base)])
     dtype = _resolve_dtype(recipe, machine)
     longest = int(data.train_tokens.max())
@@ -160,8 +171,8 @@ def make_plan(  # noqa: PLR0913 - all that a plan follows from
         costs = _costs(recipe, base, data, train, adapter)
         if peak_memory_gib(costs) <= MOST_OF_MEMORY * machine.device_memory_gib:
             break
-    # How many experts a token meets is not among the facts of a base.
-    seconds = seconds_per_step(costs, calibration) if calibration and not base.experts else None
+    seconds = _seconds_per_step(costs, calibration)
+    run_folder_bytes = run_bytes(train, costs.stored)
     return Plan(
         name=recipe.name,
         run_folder=recipe.run_folder,
@@ -186,7 +197,11 @@ def make_plan(  # noqa: PLR0913 - all that a plan follows from
         peak_memory_gib=round(peak_memory_gib(costs, calibration), 3),
         seconds_per_step=None if seconds is None else round(seconds, 4),
         seconds=None if seconds is None else round(seconds * train.steps, 1),
-        disk_gib=round((run_bytes(train, costs.stored) + base.stored_bytes) / GIB, 3),  # with the merged weights
+        weights_gib=round(_weights_gib(costs), 3),
+        stages_gib={name: round(gib, 3) for name, gib in stages_gib(costs, calibration).items()},
+        disk_parts_gib={name: round(gib, 3) for name, gib in disk_gib(base, run_bytes=run_folder_bytes).items()},
+        operations_per_token=round(operations_per_token(costs)),
+        disk_gib=round((run_folder_bytes + base.stored_bytes) / GIB, 3),  # with the merged weights
         settings=_settings(recipe, train, adapter, data, layout),
         defaults=tuple(key for key in recipe.settings() if key not in recipe.given_keys()),
         estimated=(
@@ -197,12 +212,29 @@ def make_plan(  # noqa: PLR0913 - all that a plan follows from
     )
 
 
+def _seconds_per_step(costs: Costs, calibration: Calibration | None) -> float | None:
+    """None where the machine is not calibrated, or the config does not say how many experts a token meets."""
+    if calibration is None or (costs.base.experts and not costs.base.active_experts):
+        return None
+    return seconds_per_step(costs, calibration) + expert_seconds(costs, calibration)
+
+
+def _weights_gib(costs: Costs) -> float:
+    element = ELEMENT_BYTES[costs.dtype]
+    return stored_weight_bytes(costs.base, quantization=costs.quantization, element_bytes=element) / GIB
+
+
 def run_bytes(train: TrainPlan, trainable: int) -> int:
-    """What the run folder takes at most: the checkpoints kept, the one that is being written, and the adapter."""
+    """What the run folder takes at most: the checkpoints kept, the one that is being written, and the adapter.
+
+    With the best one, which is kept beside the newest.
+    """
     per_parameter = CHECKPOINT_BYTES_PER_PARAMETER[train.optimizer]
     checkpoint = trainable * per_parameter + train.steps * CHECKPOINT_BYTES_PER_STEP + CHECKPOINT_BYTES_BESIDE
     saves = math.ceil(train.steps / train.save_every_steps)
-    return min(train.keep_checkpoints + 1, saves) * checkpoint + 4 * trainable
+    if train.keep_best:
+        saves += math.ceil(train.steps / train.evaluate_every_steps)
+    return min(train.keep_checkpoints + 1 + train.keep_best, saves) * checkpoint + 4 * trainable
 
 
 def _costs(recipe: Recipe, base: BaseFacts, data: DataFacts, train: TrainPlan, adapter: AdapterPlan) -> Costs:
@@ -234,6 +266,14 @@ def _machine_problems(recipe: Recipe, machine: Machine) -> list[Problem]:
     if recipe.train.optimizer == "paged-adamw-8bit" and machine.device == "cpu":
         problems.append(Problem("train.optimizer", "paging needs a GPU; on a CPU write adamw or adamw-8bit"))
     return problems
+
+
+def _held_out_problems(recipe: Recipe, data: DataFacts) -> list[Problem]:
+    asked = {"evaluate.patience": recipe.evaluate.patience, "output.keep_best": recipe.output.keep_best}
+    if len(data.eval_tokens):
+        return []
+    message = "needs held-out rows, and there are none; name them with data.eval, or leave it out"
+    return [Problem(key, message) for key, value in asked.items() if value]
 
 
 def _context_problems(recipe: Recipe, base: BaseFacts, data: DataFacts) -> list[Problem]:
@@ -296,6 +336,10 @@ def _train_plan(recipe: Recipe, machine: Machine, data: DataFacts, dtype: str, l
         log_to=recipe.output.log_to,
         learning_rate_ratio=recipe.adapter.learning_rate_ratio,
         speedups=layout.speedups,
+        prompts=recipe.evaluate.prompts,
+        patience=recipe.evaluate.patience,
+        keep_best=recipe.output.keep_best,
+        open_keys=tuple(key for key in ("tokens_per_pass", "recompute") if getattr(asked, key) == "auto"),
     )
 
 

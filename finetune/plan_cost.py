@@ -22,17 +22,22 @@ FOUR_BITS = ("nf4", "fp4")
 ADAPTER_BYTES_PER_PARAMETER = {"adamw": 16, "adamw-8bit": 10, "paged-adamw-8bit": 10}  # weight, gradient, two moments
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 RUNTIME_GIB = {"cpu": 0.49, "cuda": 1.2}  # the libraries, before a weight is loaded; a calibration measures it
-# What training adds: the trainer, oneDNN's programs for products of many lengths, freed memory not yet returned.
-TRAINER_GIB = {"cpu": 0.38, "cuda": 0.1}
+# What training adds: trainer and tokenizer, oneDNN's programs for the last passes' products, small objects' heap.
+TRAINER_GIB = {"cpu": 0.17, "cuda": 0.1}
+# Holes in C's heap, which nothing fits into until they are returned after the step: of what a pass keeps, where our own
+# functions compute and where PEFT's make copies; with recomputation, how many layers' tensors come and go beside it.
+HOLES, HOLES_OF_COPIES, HOLES_IN_LAYERS = 0.1, 0.8, 2.0
 CHUNK_BYTES = {"cpu": 36 * 2**20, "cuda": 2**29}  # of logits at a time (finetune/model/fast/head.py)
-GATHERED_LOGITS_BYTES = 18  # without: logits and their gradients, in the compute dtype and in float32, log-softmax
+GATHERED_LOGITS_BYTES = 12  # without: log-softmax and two gradients in float32, where backward begins
 # Found by comparing with real runs (benchmarks/plan_accuracy.py): how much slower than square products of their width
 # the thin products of a LoRA and those of attention are; how often what a layer keeps is read or written by everything
 # that is no product; bytes moved by an entry of the logits, by a weight that is dequantised, by the optimizer.
 THIN, ATTENTION = 3.0, 2.0
 MOVED, MOVED_AGAIN = 6.0, 2.0
-LOGIT_BYTES_MOVED, DEQUANTISED_BYTES_MOVED, OPTIMIZER_BYTES_MOVED = 20.0, 20.0, 60.0
-OPERATIONS_PER_LAYER, OPERATIONS_PER_PASS, OPERATIONS_PER_STEP = 700.0, 500.0, 3000.0
+DEQUANTISED_BYTES_MOVED, OPTIMIZER_BYTES_MOVED = 20.0, 60.0
+LOGIT_BYTES_MOVED = {"cpu": 60.0, "cuda": 20.0}  # an exponential and its gradient take a core as long as so many bytes
+OPERATIONS_PER_LAYER, OPERATIONS_PER_STEP = 700.0, 3000.0
+OPERATIONS_PER_PASS = {"cpu": 22_000.0, "cuda": 500.0}  # on a CPU oneDNN writes programs for products of a new length
 TO_RESIDUAL = ("o_proj", "down_proj")  # linears whose output is added to the layer's input, and not kept by itself
 
 
@@ -91,7 +96,8 @@ def peak_memory_gib(costs: Costs, calibration: Calibration | None = None) -> flo
     """The most memory a run holds: libraries, weights, adapter, and what the largest pass keeps for its gradients."""
     runtime = calibration.runtime_gib if calibration and costs.device == "cpu" else RUNTIME_GIB[costs.device]
     held = _weight_bytes(costs) + costs.stored * ADAPTER_BYTES_PER_PARAMETER[costs.optimizer]
-    return runtime + TRAINER_GIB[costs.device] + (held + pass_bytes(costs)) / GIB
+    holes = _heap_holes_bytes(costs) if costs.device == "cpu" else 0
+    return runtime + TRAINER_GIB[costs.device] + (held + pass_bytes(costs) + holes) / GIB
 
 
 def kept_weight_bytes(costs: Costs) -> int:
@@ -114,12 +120,23 @@ def _weight_bytes(costs: Costs) -> float:
 
 
 def pass_bytes(costs: Costs) -> float:
-    """What the largest pass keeps until its gradients are computed, and what computing them takes at once."""
+    """What the largest pass keeps until its gradients are computed, and what the first of these take at once."""
     tokens, element = costs.steps.largest_pass, ELEMENT_BYTES[costs.dtype]
-    layers = max(costs.base.layers, 1)
-    layer = kept_per_token(costs) / layers
-    kept = tokens * (element * costs.base.hidden_size * layers + layer if costs.recompute else layer * layers)
-    return kept + tokens * _gradients_per_token(costs) + _head_bytes(costs) + _dequantised_experts_bytes(costs)
+    states, logits = _head_bytes(costs)
+    gradients = tokens * _gradients_per_token(costs)
+    kept = tokens * kept_per_token(costs)
+    if costs.recompute:
+        gradients += kept / max(costs.base.layers, 1)
+        kept = tokens * element * costs.base.hidden_size * costs.base.layers
+    return kept + states + max(logits, gradients) + _dequantised_experts_bytes(costs)
+
+
+def _heap_holes_bytes(costs: Costs) -> float:
+    """What passes of unequal lengths leave free in the heap; tensors over 32 MiB lie outside of it (glibc)."""
+    tokens, kept = costs.steps.largest_pass, costs.steps.largest_pass * kept_per_token(costs)
+    if costs.recompute:
+        return HOLES_IN_LAYERS * (kept / max(costs.base.layers, 1) + tokens * _gradients_per_token(costs))
+    return kept * (HOLES if "linears" in costs.speedups else HOLES_OF_COPIES)
 
 
 def _dequantised_experts_bytes(costs: Costs) -> float:
@@ -137,7 +154,22 @@ def kept_per_token(costs: Costs) -> float:
     others = sum(each.out_features for each in base.linears if each.leaf not in TO_RESIDUAL)
     elements = 4 * base.hidden_size * base.layers + sum(each.in_features for each in back) + others + costs.ranks
     elements += sum(shape.in_features + shape.out_features for shape in base.experts)  # of one expert a token
-    return element * elements
+    return element * elements + _kept_by_libraries(costs)
+
+
+def _kept_by_libraries(costs: Costs) -> float:
+    """What the libraries' code keeps besides, where ours is left out."""
+    base, element, kept = costs.base, ELEMENT_BYTES[costs.dtype], 0.0
+    attended, gated = (sum(each.in_features for each in base.linears if each.leaf == leaf) for leaf in TO_RESIDUAL)
+    if "layers" not in costs.speedups:  # the norms' inputs in float32, and the gate's activation
+        kept += 2 * base.layers * base.hidden_size * (4 - element) + element * gated
+    if "attention" not in costs.speedups:  # what each document attended, before it is laid with the others
+        kept += element * attended
+    if "linears" not in costs.speedups and costs.quantization not in FOUR_BITS:
+        # PEFT casts an input once for each linear that reads it: q, k and v, gate and up.
+        read = sum(each.in_features for each in base.linears)
+        kept += element * (read - 2 * base.hidden_size * base.layers - attended - gated)
+    return kept
 
 
 def in_experts(base: BaseFacts) -> int:
@@ -156,13 +188,13 @@ def _gradients_per_token(costs: Costs) -> float:
     return ELEMENT_BYTES[costs.dtype] * (3 * widest + 2 * costs.base.hidden_size)
 
 
-def _head_bytes(costs: Costs) -> float:
-    """Of the last states, the rows that predict with their gradients, and the logits: a chunk, or all of them."""
+def _head_bytes(costs: Costs) -> tuple[float, float]:
+    """Of the last states, the rows that predict with their gradients; and the logits: a chunk, or all of them."""
     rows, element, hidden = costs.steps.largest_supervised, ELEMENT_BYTES[costs.dtype], costs.base.hidden_size
     states = element * hidden * (costs.steps.largest_pass + 2 * rows)
     if "head" not in costs.speedups:
-        return states + rows * costs.base.vocabulary * GATHERED_LOGITS_BYTES
-    return states + min(CHUNK_BYTES[costs.device], rows * costs.base.vocabulary * (element + 4))
+        return states, rows * costs.base.vocabulary * GATHERED_LOGITS_BYTES
+    return states, min(CHUNK_BYTES[costs.device], rows * costs.base.vocabulary * (element + 4))
 
 
 # --- time ---
@@ -208,7 +240,7 @@ def operations_per_step(costs: Costs) -> float:
 def step_bytes(costs: Costs) -> float:
     """Bytes that a step's simple operations read and write."""
     kept = kept_per_token(costs) * (MOVED + MOVED_AGAIN * costs.recompute)
-    logits = costs.steps.supervised * costs.base.vocabulary * LOGIT_BYTES_MOVED
+    logits = costs.steps.supervised * costs.base.vocabulary * LOGIT_BYTES_MOVED[costs.device]
     weights = 0.0
     if "weights" not in costs.speedups and costs.quantization in FOUR_BITS:
         weights = costs.steps.passes * in_linears(costs.base) * (2 + costs.recompute) * DEQUANTISED_BYTES_MOVED
@@ -218,4 +250,4 @@ def step_bytes(costs: Costs) -> float:
 def _operations(costs: Costs) -> float:
     """How many small operations a step takes, however little each computes."""
     layers = costs.base.layers * OPERATIONS_PER_LAYER * (1 + costs.recompute / 2)
-    return costs.steps.passes * (layers + OPERATIONS_PER_PASS) + OPERATIONS_PER_STEP
+    return costs.steps.passes * (layers + OPERATIONS_PER_PASS[costs.device]) + OPERATIONS_PER_STEP

@@ -36,6 +36,21 @@ class Layout:
         }
 
 
+@dataclass(frozen=True)
+class Lowered:
+    """After out of memory: how passes are laid out from `step` on (1 is the first), until the next such entry."""
+
+    step: int
+    tokens_per_pass: int
+    recompute: bool
+
+    def told(self, before: Lowered) -> str:
+        """What became of the layout before, in the recipe's words."""
+        if self.recompute != before.recompute:
+            return "train.recompute is all"
+        return f"train.tokens_per_pass is {self.tokens_per_pass} (was {before.tokens_per_pass})"
+
+
 def possible_layouts(
     recipe: Recipe, base: BaseFacts, *, longest: int, device: str, begun: Mapping[str, Any] | None = None
 ) -> Iterator[Layout]:

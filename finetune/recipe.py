@@ -38,6 +38,7 @@ DropReason = Literal[  # the reasons of finetune/data/rows.py
     "missing_column",
     "wrong_type",
     "bad_turns",
+    "has_media",
     "bad_tool_call",
     "empty_prompt",
     "empty_answer",
@@ -210,6 +211,14 @@ class EvaluateSection(Section):
     """The evaluation during training."""
 
     every_steps: Count = Field(default=100, description="Optimizer steps between two evaluations")
+    prompts: Text | None = Field(
+        default=None,
+        description="A file of prompts that are answered greedily at every evaluation, into samples.jsonl; "
+        "one a line, or .jsonl with prompt, messages or instruction",
+    )
+    patience: Count | None = Field(
+        default=None, description="Evaluations in a row without a lower held-out loss that end the run; null: none do"
+    )
 
 
 class OutputSection(Section):
@@ -220,6 +229,9 @@ class OutputSection(Section):
     )
     save_every_steps: Count = Field(default=200, description="Optimizer steps between two checkpoints")
     keep_checkpoints: Count = Field(default=2, description="How many of the newest checkpoints are kept")
+    keep_best: bool = Field(
+        default=False, description="Keep the checkpoint with the lowest held-out loss, too, and make it the adapter"
+    )
     log_to: Annotated[tuple[Logger, ...], AfterValidator(each_once), Field(json_schema_extra=UNIQUE_ITEMS)] = Field(
         default=(), description="Loggers beside metrics.jsonl, which is always written"
     )

@@ -41,6 +41,11 @@ def read_overrides(overrides: Sequence[str], *, recipe: type[BaseModel]) -> tupl
     return changes, problems
 
 
+def key_of(override: str) -> str:
+    """The key that a `--set` names."""
+    return override.partition("=")[0].strip()
+
+
 def _read_override(written: str, *, recipe: type[BaseModel]) -> Override | Problem:
     where = f"--set {written}"
     name, equals, text = written.partition("=")

@@ -32,6 +32,7 @@ WORDING = {
     "string_type": "text is required, got {got}",
     "int_type": "a whole number is required, got {got}",
     "int_from_float": "a whole number is required, got {got}",
+    "bool_type": "true or false is required, got {got}",
     "float_type": "a number is required, got {got}",
     "finite_number": "a finite number is required, got {got}",
     "tuple_type": "a list is required, got {got}",

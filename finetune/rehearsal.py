@@ -28,7 +28,7 @@ from finetune.trust import hand_over_to_child, trusted_code
 
 PACKAGE = Path(__file__).resolve().parent
 START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from finetune.rehearse import main; main()"
-STEPS, SAVED_AT = 4, 2
+STEPS, SAVED_AT = 5, 3
 ROWS = 32  # the first of each source
 MOST_TOKENS = 512  # of a row
 EXAMPLES = 4  # of a step
@@ -78,7 +78,7 @@ def rehearse(recipe: Recipe, base: Base, *, tell: Tell = lambda line: None) -> R
 
 
 def twin_recipe(recipe: Recipe, work: Path) -> dict[str, Any]:
-    """The recipe on a twin: its own first rows, adapter, quantisation, optimizer and schedule, in four steps."""
+    """The recipe on a twin: its own first rows, adapter, quantisation, optimizer and schedule, in five steps."""
     values: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
     values["model"] |= {"base": str(work / "base"), "revision": None}
     values["adapter"] = recipe.adapter.for_a_twin()

@@ -96,7 +96,10 @@ def _rehearse(rehearsal: Rehearsal, recipe: Path, base: Path, stored_dtype: str,
     from finetune.twin import make_twin
 
     with rehearsal.at("names"):
-        prove_names(rehearsal, base)
+        if any(base.glob("*.safetensors")):
+            prove_names(rehearsal, base)
+        else:
+            complete_config(base)
     with rehearsal.at("twin"):
         make_twin(base, work / "base", stored_dtype=stored_dtype)
     with rehearsal.at("train"):
@@ -130,6 +133,13 @@ def _release(rehearsal: Rehearsal, run: Path, work: Path) -> None:
             rehearsal.notes += [f"no GGUF: {problem.message}" for problem in error.problems]
         else:
             rehearsal.proofs += [{**each.to_json(), "name": f"gguf: {each.name}"} for each in done.proofs]
+
+
+def complete_config(stand_in: Path) -> None:
+    """Write out what the config of a base without files leaves to transformers, as a published one has it."""
+    from transformers import AutoConfig
+
+    AutoConfig.from_pretrained(str(stand_in), trust_remote_code=False).save_pretrained(stand_in)
 
 
 def prove_names(rehearsal: Rehearsal, base: Path) -> None:

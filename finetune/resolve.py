@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from finetune.artifact import settings_begun_with
-from finetune.base import Base, is_here, read_base
+from finetune.artifact import plan_begun_with
+from finetune.base import Base, read_base
 from finetune.calibration import read_calibration
 from finetune.data.cached import Progress
 from finetune.data.prepare import PreparedData, prepare_data
+from finetune.data.template import Template
 from finetune.errors import UserError
-from finetune.families import find_model
 from finetune.machine import probe_machine
 from finetune.plan import Plan, make_plan
+from finetune.plan_lowered import lowered_before
 from finetune.recipe import Recipe, load_recipe
-from finetune.unseen import plan_unseen
+
+if TYPE_CHECKING:
+    from finetune.data.prompts import Prompt
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Resolved:
     base: Base
     data: PreparedData
     plan: Plan
+    prompts: tuple[Prompt, ...] = ()  # answered while it trains
 
 
 def resolve(
@@ -50,7 +54,7 @@ def resolve(
     recipe = load_recipe(recipe_path, overrides)
     base, data = _read_base_and_data(recipe, progress, weights=weights)
     token_ids = base.token_ids(recipe.adapter.train_tokens)
-    begun = settings_begun_with(out or recipe.run_folder) if resume else None
+    begun = plan_begun_with(out or recipe.run_folder) if resume else None
     machine = probe_machine()
     plan = make_plan(
         recipe,
@@ -58,28 +62,21 @@ def resolve(
         base.facts,
         data.facts,
         token_ids=token_ids,
-        begun=begun,
+        begun=begun["settings"] if begun else None,
         calibration=read_calibration(machine),
     )
-    return Resolved(recipe, base, data, replace(plan, run_folder=out) if out else plan)
+    if begun:
+        plan = replace(plan, train=lowered_before(begun, plan.train))
+    plan = replace(plan, run_folder=out) if out else plan
+    return Resolved(recipe, base, data, plan, _prompts_of(plan, base, data.template))
 
 
-def plan_values(
-    recipe_path: Path, overrides: Sequence[str] = (), *, progress: Progress | None = None
-) -> dict[str, Any]:
-    """What `finetune plan` answers; of a published base that is not on this machine what its shape tells.
+def _prompts_of(plan: Plan, base: Base, template: Template) -> tuple[Prompt, ...]:
+    if plan.train.prompts is None:
+        return ()
+    from finetune.data.prompts import read_prompts  # what reads rows without the cache
 
-    Raises:
-        UserError: as resolve.
-    """
-    recipe = load_recipe(recipe_path, overrides)
-    model = find_model(recipe.model.base)
-    if model and not is_here(recipe.model.base, revision=recipe.model.revision):
-        values = plan_unseen(recipe, model)
-    else:
-        values = resolve(recipe_path, overrides, progress=progress, weights=False).plan.to_json()
-    machine = probe_machine()
-    return values | {"device_name": machine.device_name, "device_memory_gib": machine.device_memory_gib}
+    return read_prompts(plan.train.prompts, base, template, system=plan.settings["data.system"])
 
 
 def _read_base_and_data(recipe: Recipe, progress: Progress | None, *, weights: bool) -> tuple[Base, PreparedData]:

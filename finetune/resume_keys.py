@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from finetune.errors import Problem
 MUST_MATCH = "must match"  # the rest of the run would not be the run that began
 LENGTH = "length"  # more steps go on, with the schedule of the longer run; fewer are refused
 LAYOUT = "layout"  # speed and memory only: the same training up to rounding
-FREE = "free"  # takes effect from here on and changes no weight
+FREE = "free"  # takes effect from here on and changes no step
 
 # Every key of a recipe; the test of this table asks the recipe for its keys.
 KEYS = {
@@ -65,9 +66,12 @@ KEYS = {
     "train.weight_decay": MUST_MATCH,
     "train.max_grad_norm": MUST_MATCH,
     "evaluate.every_steps": FREE,
+    "evaluate.prompts": FREE,
+    "evaluate.patience": FREE,
     "output.folder": FREE,
     "output.save_every_steps": FREE,
     "output.keep_checkpoints": FREE,
+    "output.keep_best": FREE,
     "output.log_to": FREE,
 }
 # What no key says, but the data does.
@@ -76,11 +80,15 @@ COUNTS = ("template_sha256", "tokens", "supervised_tokens")
 
 @dataclass(frozen=True)
 class Changes:
-    """What follows from keys that changed: refusals, lines for people, and whether the run became longer."""
+    """What follows from keys that changed: refusals, lines for people, and whether the run became longer.
+
+    `more_patient`: one that ended early may go on.
+    """
 
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
     longer: bool
+    more_patient: bool = False
 
 
 def compare_plans(
@@ -111,7 +119,12 @@ def compare_plans(
             f"{now['steps']} steps in place of {before['steps']}: from here on the learning rate is that of the longer "
             "run, while the steps before followed the shorter schedule"
         )
-    return Changes(tuple(problems), tuple(notes), longer)
+    return Changes(tuple(problems), tuple(notes), longer, _is_more_patient(before["settings"], now["settings"]))
+
+
+def _is_more_patient(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    was, is_now = (settings.get("evaluate.patience") or math.inf for settings in (before, now))
+    return is_now > was
 
 
 def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

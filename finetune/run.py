@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from finetune.artifact import RunFolder, open_run_folder, refuse_unusable
@@ -13,7 +14,7 @@ from finetune.data.cached import Progress
 from finetune.disk import refuse_full_disk
 from finetune.errors import OutOfMemoryError, Problem, UserError
 from finetune.machine import free_memory_gib, launched_rank, probe_machine, return_freed_memory
-from finetune.plan import memory_problem
+from finetune.plan import TrainPlan, memory_problem
 from finetune.resolve import Resolved, resolve
 from finetune.run_lock import LOCK, only_run_in
 from finetune.stop import StopSignal
@@ -73,15 +74,22 @@ def _train(folder: RunFolder, resolved: Resolved, stop: StopSignal, ranks: Ranks
     from finetune.model.fast.speed_up import left_told, record, speed_up
     from finetune.model.load import load_base, load_tokenizer
     from finetune.train.train import train
+    from finetune.use.samples import answer_all
 
-    plan, base, data = resolved.plan, resolved.base, resolved.data
+    plan, base, data, prompts = resolved.plan, resolved.base, resolved.data, resolved.prompts
     where = f"cuda:{launched_rank()[1]}" if plan.model.device == "cuda" else plan.model.device
     with out_of_memory_told(lambda: "loading the base"):
-        model = attach_adapter(load_base(replace(plan.model, device=where)), plan.adapter, base=plan.model.base)
+        loaded = load_base(replace(plan.model, device=where), keep=True)
+        model = attach_adapter(loaded, plan.adapter, base=plan.model.base)
         swapped = speed_up(model, plan.train.speedups)
         tokenizer = load_tokenizer(base.tokenizer_folder)
     return_freed_memory()  # of loading, before the passes take theirs
     ranks.first_alone(lambda: _tell(folder, [*left_told(swapped), *folder.keep_speedups(record(swapped))]))
+
+    def lightened(lighter: TrainPlan, told: str) -> None:
+        folder.keep_lowered(lighter.lowered)
+        _tell(folder, [f"{told}: the same training up to rounding"])
+
     result = train(
         plan.train,
         model,
@@ -91,6 +99,9 @@ def _train(folder: RunFolder, resolved: Resolved, stop: StopSignal, ranks: Ranks
         folder=folder.path,
         stop=stop,
         ranks=ranks,
+        lightened=lightened,
+        starts_at_base=plan.adapter.start_from is None,
+        answer_all=partial(answer_all, plan, base, data.template, model, prompts) if prompts else None,
     )
 
     def publish() -> None:

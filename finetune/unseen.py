@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune.base import BaseFacts, ExpertShape, LinearShape
-from finetune.calibration import read_calibration
-from finetune.data.estimate import estimate_facts
+from finetune.data.estimate import assumed_facts, estimate_facts
+from finetune.data.hub import can_be_had
 from finetune.data.template import template_without_base
 from finetune.families import Family, Model, Shape, count_parameters, find_family, has_experts
-from finetune.machine import probe_machine
-from finetune.plan import make_plan
+from finetune.plan import DataFacts
 from finetune.recipe import Recipe
 
 # Bytes of English instructions and answers a token: Llama 2 4.2, Mistral 4.3, Llama 3.2 4.9
@@ -27,32 +26,60 @@ ESTIMATED = (
     *("tokens", "supervised_tokens", "passes_per_step", "peak_memory_gib", "disk_gib"),
     *("data.template", "train.tokens_per_pass"),
 )
+# Of data sets that recipes name, as their pages on the hub state them.
+KNOWN_ROWS = {
+    "tatsu-lab/alpaca": 52_002,
+    "yahma/alpaca-cleaned": 51_760,
+    "timdettmers/openassistant-guanaco": 9_846,
+}
+NOT_HERE = (
+    "the rows are not on this machine: {rows:,} of them, each taken to be as long as data.max_tokens allows "
+    "({tokens:,}), so that tokens, memory and time are the most that they can be"
+)
 UNKNOWN = ("stop_token_ids", "template_sha256", "straddling_tokens", "truncated_tokens")
 
 
-def plan_unseen(recipe: Recipe, model: Model) -> dict[str, Any]:
-    """The plan of a base known by its published shape only: what is estimated is named, what is unknown is None.
+def find_facts(recipe: Recipe, model: Model) -> tuple[BaseFacts, DataFacts, tuple[str, ...]]:
+    """The facts of a base known by its published shape only and of the rows, and what was assumed of the rows.
 
     Raises:
-        UserError: rows that cannot be read, or a recipe that does not go with the base.
+        UserError: rows that cannot be read.
     """
     facts = table_facts(model, revision=recipe.model.revision)
-    large = facts.vocabulary > LARGE_VOCABULARY
     asked = recipe.data.template
     template = template_without_base(
-        _nearest_template(model) if asked == "auto" else asked,
+        nearest_template(model) if asked == "auto" else asked,
         bos_token="<s>",
         eos_token=find_family(model.family).stop_tokens[-1],
         date=recipe.data.date,
     )
-    per_token = BYTES_PER_TOKEN_LARGE if large else BYTES_PER_TOKEN
-    data = estimate_facts(recipe.data, template, bytes_per_token=per_token)
-    rows = {token: row for row, token in enumerate(recipe.adapter.train_tokens)}  # which ones is not known here
-    machine = probe_machine()
-    calibration = read_calibration(machine)
-    values = make_plan(recipe, machine, facts, data, token_ids=rows, calibration=calibration).to_json()
-    of_time = ["seconds_per_step", "seconds"] if calibration else ["uncalibrated"]
-    return values | dict.fromkeys(UNKNOWN) | {"estimated": [*ESTIMATED, *of_time]}
+    if (rows := _count_rows_elsewhere(recipe)) is not None:
+        tokens = min(recipe.data.max_tokens, facts.context_tokens)
+        assumed = assumed_facts(recipe.data, template, rows=rows, tokens=tokens)
+        return facts, assumed, (NOT_HERE.format(rows=rows, tokens=tokens),)
+    per_token = BYTES_PER_TOKEN_LARGE if facts.vocabulary > LARGE_VOCABULARY else BYTES_PER_TOKEN
+    return facts, estimate_facts(recipe.data, template, bytes_per_token=per_token), ()
+
+
+def _count_rows_elsewhere(recipe: Recipe) -> int | None:
+    """Rows of data sets that are not on this machine and cannot be had now; None where they can, or are not known.
+
+    Where train.max_steps says how long the run is, as many rows as it sees.
+    """
+    sources = recipe.data.sources
+    if not all(each.source.startswith("hub:") for each in sources) or all(can_be_had(each.source) for each in sources):
+        return None
+    counts = [KNOWN_ROWS.get(each.source.split(":")[1].lower()) for each in sources]
+    if None not in counts:
+        return sum(min(count, each.rows or count) for count, each in zip(counts, sources, strict=True) if count)
+    return recipe.train.max_steps and recipe.train.max_steps * recipe.train.batch_size
+
+
+def mark_unseen(values: dict[str, Any]) -> dict[str, Any]:
+    """A plan's values with what is estimated named, and what is unknown None."""
+    of_time = [] if values["seconds"] is None else ["seconds_per_step", "seconds"]
+    uncalibrated = ["uncalibrated"] if "uncalibrated" in values["estimated"] else []
+    return values | dict.fromkeys(UNKNOWN) | {"estimated": [*ESTIMATED, *of_time, *uncalibrated]}
 
 
 def table_facts(model: Model, *, revision: str | None = None) -> BaseFacts:
@@ -77,6 +104,7 @@ def table_facts(model: Model, *, revision: str | None = None) -> BaseFacts:
         experts=tuple(experts(shape)),
         image_layers=tuple(range(shape.layers, shape.layers + shape.cross_layers)),
         has_vision=shape.vision is not None,
+        active_experts=shape.experts.active if shape.experts else 0,
     )
 
 
@@ -138,7 +166,7 @@ def _mlp(shape: Shape, at: str, intermediate: int) -> Iterator[LinearShape]:
     yield LinearShape(f"{at}.down_proj", shape.hidden, intermediate)
 
 
-def _nearest_template(model: Model) -> str:
+def nearest_template(model: Model) -> str:
     """The template that `auto` would find, or the one of ours that is nearest to it in length."""
     family = find_family(model.family)
     if not any(word in model.id.lower() for word in CHAT_NAMES):

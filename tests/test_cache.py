@@ -26,7 +26,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_entries_and_bytes_are_counted(cache: Path) -> None:
     found = {each.kind: (each.entries, each.bytes) for each in look_at_caches()}
-    others = dict.fromkeys(("tokenizers", "bases", "rehearsals", "kernels"), (0, 0))
+    kinds = ("4bit", "tokenizers", "bases", "contents", "hashes", "rehearsals", "kernels", "unquantised")
+    others = dict.fromkeys(kinds, (0, 0))
     assert found == {"tokens": (1, 1024), **others}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from collections import namedtuple
@@ -125,6 +126,11 @@ def longer(rows: list[dict]) -> None:
 
 
 HEAD = "model.embed_tokens.weight"
+# What to do stands after what is wrong, and says it as an order or names what is possible.
+CURE = re.compile(
+    r"[;:?(] ?.*\b(fetch|write|correct|give|name|choose|use|put|set|drop|delete|did you mean|install|report|move|end|"
+    r"works?|run|add|make|leave|download|convert)\b"
+)
 TURNS = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
 TURNS += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 FIRST_ONLY = "{{ messages[0].content }} -> {% if messages|length > 1 %}{{ eos_token }}{% endif %}"
@@ -137,7 +143,7 @@ DEFECTS: dict[str, Defect] = {
     "weights are a pickle": Defect(
         ("base", "pytorch_model.bin is a pickle, which is never opened"), only_file("pytorch_model.bin")
     ),
-    "weights are a GGUF file": Defect(("base", "no weights: model.safetensors is missing"), only_file("m.gguf")),
+    "weights are a damaged GGUF file": Defect(("base/m.gguf", "damaged or no GGUF file"), only_file("m.gguf")),
     "a weight is not a number": Defect(
         ("base/model.safetensors", "model.layers.1.mlp.up_proj.weight has 1 weights that are NaN"), weights(nan)
     ),
@@ -235,6 +241,9 @@ DEFECTS: dict[str, Defect] = {
         ("data.max_tokens", "the longest row has"), rows=longer, settings={"data__max_tokens": 5000}
     ),
     "an empty answer": Defect(("rows.jsonl:4", "must be an answer"), rows=lambda rows: rows[3].update(output=" ")),
+    "a row with an image": Defect(
+        ("rows.jsonl:4", "image: must not be there"), rows=lambda rows: rows[3].update(image="fox.png")
+    ),
     "training rows held out": Defect(
         ("rows.jsonl", "training row"),
         rows=lambda rows: rows.extend(dict(row) for row in rows[:]),
@@ -286,7 +295,9 @@ def test_a_planted_defect_is_told_with_its_cure(sound: Path, tmp_path: Path, nam
     defect.base(tmp_path / "base")
     told = problems_of(tmp_path, defect)
     where, words = defect.told
-    assert any(place.removeprefix(f"{tmp_path}/").startswith(where) and words in said for place, said in told), told
+    found = [said for place, said in told if place.removeprefix(f"{tmp_path}/").startswith(where) and words in said]
+    assert found, told
+    assert all(CURE.search(said) for said in found), found
 
 
 def test_a_sound_base_is_told_nothing(sound: Path, tmp_path: Path) -> None:

@@ -75,9 +75,12 @@ ONE_OTHER_VALUE_PER_KEY: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.weight_decay": (0.1, {}),
     "train.max_grad_norm": (0.5, {}),
     "evaluate.every_steps": (5, {}),
+    "evaluate.prompts": ("prompts.txt", {}),
+    "evaluate.patience": (5, {"data.eval": 3}),
     "output.folder": ("elsewhere", {}),
     "output.save_every_steps": (5, {}),
     "output.keep_checkpoints": (1, {}),
+    "output.keep_best": (True, {"data.eval": 3}),
     "output.log_to": (["tensorboard"], {}),
 }
 

@@ -14,6 +14,9 @@ from finetune.base import BaseFacts, ExpertShape, LinearShape
 from finetune.calibration import Calibration, calibration_file, keep_calibration, read_calibration
 from finetune.machine import Machine, _left_in_groups, free_memory_gib
 from finetune.plan_cost import (
+    HOLES,
+    HOLES_IN_LAYERS,
+    HOLES_OF_COPIES,
     Costs,
     Steps,
     count_steps_contents,
@@ -115,6 +118,51 @@ def test_what_a_layer_keeps_of_a_token_is_a_list_of_tensors() -> None:
     layer = [8, 8, 8, 4, 4, 8, 8, 8, 12, 12, 12, *[3] * 7]
     assert kept_per_token(COSTS) == 2 * 2 * sum(layer)
     assert kept_per_token(replace(COSTS, dtype="float32")) == 4 * 2 * sum(layer)
+
+
+def test_libraries_keep_more_than_our_pieces() -> None:
+    """Two norms in float32 and the gate's activation; each document's values; for 16-bit weights PEFT's copies."""
+
+    def more(missing: str, **settings: str) -> float:
+        left = tuple(name for name in SPEEDUPS if name != missing)
+        return kept_per_token(replace(COSTS, speedups=left, **settings)) - kept_per_token(COSTS)
+
+    assert more("layers") == 2 * (2 * 2 * 8 + 2 * 12)
+    assert more("attention") == 2 * 2 * 8
+    assert more("linears") == more("head") == more("prefix") == 0
+    assert more("linears", quantization="none") == 2 * 2 * (2 * 8 + 8)  # q, k, v and gate, up share no input then
+    assert kept_per_token(replace(COSTS, dtype="float32", speedups=())) == kept_per_token(
+        replace(COSTS, dtype="float32")
+    ) + 4 * 2 * (12 + 8)
+
+
+def test_a_pass_is_what_it_keeps_and_its_widest_moment() -> None:
+    """5 tokens, 3 of them learned: the last states of all and two of the learned, then logits or gradients."""
+    states = 2 * 8 * (5 + 2 * 3)
+    gradients = 2 * 5 * (3 * 12 + 2 * 8)
+    layer = 5 * kept_per_token(COSTS) / 2
+    chunk = 3 * 100 * (2 + 4)
+    assert pass_bytes(COSTS) == 2 * layer + states + max(chunk, gradients)
+    of_few = replace(COSTS, base=replace(BASE, vocabulary=4))
+    assert pass_bytes(of_few) == 2 * layer + states + gradients
+    whole = replace(COSTS, speedups=("attention", "linears", "layers"))
+    assert pass_bytes(whole) == 2 * layer + states + 12 * 3 * 100
+    assert pass_bytes(replace(of_few, recompute=True)) == 2 * 5 * 8 * 2 + states + layer + gradients
+
+
+def test_only_a_heap_has_holes() -> None:
+    """A tenth of what is kept; two layers' tensors and gradients with recomputation; none on a GPU."""
+
+    def holes(costs: Costs) -> float:
+        held = peak_memory_gib(replace(costs, steps=replace(costs.steps, largest_pass=0, largest_supervised=0)))
+        return (peak_memory_gib(costs) - held) * 2**30 - pass_bytes(costs)
+
+    kept, gradients = 5 * kept_per_token(COSTS), 2 * 5 * (3 * 12 + 2 * 8)
+    assert holes(COSTS) == pytest.approx(HOLES * kept, abs=1e-3)
+    assert holes(replace(COSTS, recompute=True)) == pytest.approx(HOLES_IN_LAYERS * (kept / 2 + gradients), abs=1e-3)
+    without = replace(COSTS, speedups=("attention", "layers", "head"))
+    assert holes(without) == pytest.approx(HOLES_OF_COPIES * kept, abs=1e-3)
+    assert holes(replace(COSTS, device="cuda")) == pytest.approx(0, abs=1e-3)
 
 
 def test_weights_are_held_twice_only_where_that_is_so() -> None:

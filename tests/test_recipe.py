@@ -84,7 +84,8 @@ WITHOUT_EXAMPLE = {
     "adapter.also_train": [], "adapter.from": None, "data.system": None, "data.truncate": "prompt",
     "train.max_steps": None, "train.speedups": "auto",
     "data.special_tokens": "text", "data.deduplicate": "none", "data.leaked": "keep",
-    "data.drop": [],
+    "data.drop": [], "evaluate.prompts": None, "evaluate.patience": None,
+    "output.keep_best": False,
 }  # fmt: skip
 
 SECTION_KEYS = {
@@ -96,8 +97,8 @@ SECTION_KEYS = {
     "deduplicate leaked drop system date",
     "train": "objective epochs max_steps batch_size tokens_per_pass recompute speedups learning_rate schedule warmup "
     "optimizer weight_decay max_grad_norm",
-    "evaluate": "every_steps",
-    "output": "folder save_every_steps keep_checkpoints log_to",
+    "evaluate": "every_steps prompts patience",
+    "output": "folder save_every_steps keep_checkpoints keep_best log_to",
 }
 EVERY_KEY = [
     f"{section}.{key}" if section else key
@@ -356,6 +357,7 @@ NAME = "must be text of at most 100 letters, digits, dots, underscores and hyphe
          "got 1.0"),
         ("evaluate.every_steps", "{a: 1}", "a whole number is required, got keys of its own"),
         ("output.folder", "runs/{nmae}", "only {name} can stand in braces, got 'runs/{nmae}'"),
+        ("output.keep_best", "1", "true or false is required, got 1"),
         ("output.log_to", "wandb", "a list is required, got 'wandb'; did you mean [wandb]?"),
         ("version", "1.0", "must be 1, got 1.0"),
         ("output.log_to", "[wandb, wandb]", "'wandb' stands in the list twice"),
@@ -363,7 +365,7 @@ NAME = "must be text of at most 100 letters, digits, dots, underscores and hyphe
         ("train.rank", "1", "unknown key; 'rank' belongs under adapter"),
         ("model.adapter", "{}", "unknown key; 'adapter' belongs at the top level"),
         ("model.ranks", "1", "unknown key; did you mean adapter.rank?"),
-        ("evaluate.zzz", "1", "unknown key; possible here: every_steps"),
+        ("evaluate.zzz", "1", "unknown key; possible here: every_steps, prompts, patience"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_told_in_plain_words(folder, key, written, message):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
 from finetune.errors import UserError
+from finetune.planned import plan_values
 from finetune.recipe import load_recipe
-from finetune.shipped import copy_recipe, list_recipes, shipped_folder, show_recipe
+from finetune.shipped import ShippedRecipe, copy_recipe, list_recipes, shipped_folder, show_recipe
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 RECIPE = """\
@@ -53,6 +56,28 @@ def test_every_shipped_recipe_loads_and_says_in_one_line_what_it_is(path):
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# ")
     assert first[2:] in {shipped.summary for shipped in list_recipes() if shipped.path == path}
+
+
+FIGURES = re.compile(
+    r"# Not run here\. `finetune plan --on (\S+)` estimates (\S+) GiB of weights, (\S+) GiB at the peak with rows of "
+    r"full length\.( More than one GPU of the list has\.)?"
+)
+PUBLISHED = [each for each in list_recipes() if each.name != "quickstart"]
+
+
+@pytest.mark.parametrize("shipped", PUBLISHED, ids=lambda shipped: shipped.name)
+def test_a_header_says_what_the_plan_says(shipped: ShippedRecipe, tmp_path: Path) -> None:
+    """Nearly: what a plan estimates is corrected now and then, and the line is for choosing a GPU."""
+    (figures,) = [match for line in shipped.path.read_text().splitlines() if (match := FIGURES.fullmatch(line))]
+    machine, weights, peak, too_large = figures.groups()
+    turns = [{"from": "human", "value": "pear " * 3000}, {"from": "gpt", "value": "plum"}]
+    (tmp_path / "sharegpt.json").write_text(json.dumps([{"conversations": turns}] * 40))
+    is_own = load_recipe(shipped.path).data.train == "sharegpt.json"
+    values = plan_values(shipped.path, [f"data.train={tmp_path}/sharegpt.json"] if is_own else [], on=machine)
+    most = max(values["peak_memory_gib"], values["stages_gib"]["load"])
+    assert values["weights_gib"] == pytest.approx(float(weights), abs=0.06)
+    assert most == pytest.approx(float(peak), rel=0.15)
+    assert bool(too_large) == (float(peak) > values["device_memory_gib"])
 
 
 def test_the_checkout_is_the_shipped_folder_of_a_checkout():

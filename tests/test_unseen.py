@@ -13,8 +13,8 @@ from finetune.base import is_here
 from finetune.data.prepare import prepare_data
 from finetune.families import find_family, find_model
 from finetune.plan import count_trainable
+from finetune.planned import plan_values
 from finetune.recipe import load_recipe
-from finetune.resolve import plan_values
 from finetune.shipped import ShippedRecipe, list_recipes
 from finetune.unseen import linears, table_facts
 from tests.conftest import POCKET, alpaca_rows, write_recipe

@@ -23,9 +23,16 @@ OUTCOME = ROOT / "benchmarks" / "results" / "families.json"
 HEAD = """# Models
 
 What is known of published bases, and what was proven for their architectures. Any other base of one of these
-architectures works in the same way: `finetune check` rehearses it on a small twin before its weights are loaded. This
-page is rendered from `finetune/families.py` and `benchmarks/results/families.json` by `tools/models_page.py`; a test
-compares them.
+architectures works in the same way: `finetune check` rehearses it on a small twin before its weights are loaded.
+
+Every model of this page is planned with nothing on disk ([planning.md](planning.md)). With `--offline`, `finetune
+check` also rehearses a recipe whose base is one of them and not here: the twin has the published shape; the rest of its
+config (transformers' defaults), the tokenizer (pocket-llama's with the base's control tokens) and a template of the
+base's own are stand-ins, and rows that are not here are the quickstart's. Its answer names them. Rows with images are
+refused, or dropped with `data.drop: [has_media]`: of a model with a vision tower the text side is trained.
+
+This page is rendered from `finetune/families.py` and `benchmarks/results/families.json` by `tools/models_page.py`; a
+test compares them.
 
 ## Families
 
@@ -37,7 +44,7 @@ PROVEN = """
 
 Parameters: the closed form of `finetune/families.py` equals the count of transformers' own modules, for every model
 below (`tests/test_families.py`). The other columns are the rehearsal of a small twin (`benchmarks/families.py`): random
-weights in the proportions of the published config, stored in bfloat16, four steps, stopped and resumed bit by bit,
+weights in the proportions of the published config, stored in bfloat16, five steps, stopped and resumed bit by bit,
 merged, reloaded from the disk and compared with base + adapter, exported as GGUF where that is written for the
 architecture. More types, methods and ways to store a base: `tests/release/test_families.py`. A twin shows that every
 stage handles the architecture; it says nothing about how well a published model learns.

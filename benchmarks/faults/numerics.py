@@ -42,7 +42,8 @@ def stop(stage: Stage, case: Case, spoilt: tuple[str, int, str], *, resume: bool
     ended = stage.train(case, folder, hook=hook("spoil", *spoilt))
     if ended[0].code != 4 or has_traceback(ended):
         return f"exits {ended[0].code}: {last_line(ended)}", False
-    last_step = max((found for found, _ in hex_losses((folder / "metrics.jsonl").read_text())), default=0)
+    metrics = folder / "metrics.jsonl"  # not there yet where the first step was only tried
+    last_step = max((found for found, _ in hex_losses(metrics.read_text() if metrics.exists() else "")), default=0)
     # A weight that the update has spoilt is seen when it is saved, after its step was logged.
     if last_step != (step if what == "updated" else step - 1):
         return f"late: the last step in metrics.jsonl is {last_step}", False

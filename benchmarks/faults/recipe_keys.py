@@ -33,8 +33,9 @@ OTHER: dict[str, Any] = {
     "train.recompute": "all", "train.speedups": "none", "train.learning_rate": 5e-3, "train.schedule": "constant",
     "train.warmup": 2,
     "train.optimizer": "adamw-8bit", "train.weight_decay": 0.5, "train.max_grad_norm": 0.1,
-    "evaluate.every_steps": 4, "output.folder": "elsewhere", "output.save_every_steps": 4,
-    "output.keep_checkpoints": 1, "output.log_to": ["tensorboard"],
+    "evaluate.every_steps": 4, "evaluate.prompts": "PROMPTS", "evaluate.patience": 3,
+    "output.folder": "elsewhere", "output.save_every_steps": 4,
+    "output.keep_checkpoints": 1, "output.keep_best": True, "output.log_to": ["tensorboard"],
 }  # fmt: skip
 
 
@@ -62,7 +63,8 @@ def prepare(stage: Stage, case: Case) -> None:
     """Another base and other rows with the same bytes, and an adapter to begin from."""
     shutil.copytree(stage.base, stage.folder / "base2", dirs_exist_ok=True)
     shutil.copyfile(case.recipe.parent / "rows.jsonl", stage.folder / "rows2.jsonl")
-    names = {"BASE2": "base2", "ROWS": "rows2.jsonl"}
+    (stage.folder / "prompts.txt").write_text("Where is the fox?\n")
+    names = {"BASE2": "base2", "ROWS": "rows2.jsonl", "PROMPTS": "prompts.txt"}
     for key, value in OTHER.items():
         if isinstance(value, str) and value in names:
             OTHER[key] = str(stage.folder / names[value])

@@ -1,15 +1,17 @@
 """Random histories of a checkpoints folder: no training, only finetune/train/checkpoints.py, with an oracle of its own.
 
 A history is saves, crashes at a random moment of a save, resumes, clocks that jump a day, damaged checkpoints, folders
-and files of somebody else, relative and absolute paths. After each event: the newest whole checkpoint is still there
-(or a newer one), with the bytes it was saved with, and nothing of somebody else has changed. A history runs in a forked
-process, and each save that crashes in another one.
+and files of somebody else, relative and absolute paths. In three of four histories most saves have a held-out loss,
+and the best is to be kept. After each event: the newest whole checkpoint is still there (or a newer one), and the best
+whole one (or a better one), with the bytes they were saved with, and nothing of somebody else has changed. A history
+runs in a forked process, and each save that crashes in another one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import random
 import shutil
@@ -49,7 +51,9 @@ class History:
         self.folder, self.chance = folder, chance
         self.keep = chance.randint(1, 4)
         self.step = 0
+        self.keeps_best = chance.random() < 0.75
         self.saved: dict[int, Contents] = {}
+        self.losses: dict[int, float] = {}  # of the run's evaluations up to now, as metrics.jsonl has them
         self.foreign: dict[str, Contents] = {}
 
     def play(self) -> list[str]:
@@ -58,10 +62,10 @@ class History:
         for _ in range(EVENTS):
             event = self.chance.choice(EVERY_EVENT)
             played.append(event.__name__)
-            before = self.whole()
+            before, best = self.whole(), self.best()
             event(self)
             try:
-                self.check(before, damaged=event is History.damage)
+                self.check(before, best, damaged=event is History.damage)
             except Broken as broken:
                 raise Broken(f"{broken} after {played}, keep {self.keep}") from None
         return played
@@ -71,25 +75,33 @@ class History:
         before = self.whole()
         contents = self.new_contents()
         self.saved[self.step] = contents
-        write_checkpoint(self.named(), step=self.step, keep=self.keep, write=writer(contents))
+        self.evaluate()
+        write_checkpoint(
+            self.named(), step=self.step, keep=self.keep, write=writer(contents), losses=self.losses_kept()
+        )
         whole = self.whole()
         if self.step not in whole:
             raise Broken(f"step {self.step} was saved and is not whole")
         older = [step for step in before if step < self.step]
         left = [step for step in whole if step < self.step]
-        if left != older[max(0, len(older) - self.keep + 1) :]:
-            raise Broken(f"of {older} there are {left} left")
+        newest = older[max(0, len(older) - self.keep + 1) :]
+        best = self.best_of([*older, self.step])
+        if left != [step for step in older if step in newest or step == best]:
+            raise Broken(f"of {older} there are {left} left, the best is {best}")
 
     def crash(self) -> None:
         """A save in another process, which ends at a random call."""
         self.step += 2
         contents = self.new_contents()
         self.saved[self.step] = contents
+        self.evaluate()
         at = self.chance.randint(1, 40)
         child = os.fork()
         if child == 0:
             end_at_call(at)
-            write_checkpoint(self.named(), step=self.step, keep=self.keep, write=writer(contents))
+            write_checkpoint(
+                self.named(), step=self.step, keep=self.keep, write=writer(contents), losses=self.losses_kept()
+            )
             os._exit(0)
         os.waitpid(child, 0)
         self.resume()
@@ -107,10 +119,12 @@ class History:
             self.foreign.clear()
             self.folder.mkdir()
             self.step = 0
+            self.losses.clear()
             return
         if (found is None) != (not whole) or (found and found.name != name_of(whole[-1])):
             raise Broken(f"{found} was found of {whole}")
         self.step = whole[-1] if whole else 0
+        self.losses = {step: loss for step, loss in self.losses.items() if step <= self.step}
 
     def jump_in_time(self) -> None:
         for path in self.folder.iterdir():
@@ -145,6 +159,26 @@ class History:
             shutil.copytree(self.folder / name_of(whole[-1]), self.folder / "copy")
             self.foreign["copy"] = contents_of(self.folder / "copy")
 
+    def evaluate(self) -> None:
+        """Most steps that are saved have been evaluated; some losses are equal, and some are none."""
+        if self.chance.random() < 0.8:
+            self.losses[self.step] = self.chance.choice([*range(9), math.nan, math.inf])
+
+    def losses_kept(self) -> dict[int, float]:
+        return dict(self.losses) if self.keeps_best else {}
+
+    def best(self) -> int | None:
+        return self.best_of(self.whole())
+
+    def best_of(self, steps: list[int]) -> int | None:
+        """The step with the lowest loss, the first of equal ones."""
+        best = None
+        for step in sorted(steps):
+            loss = self.losses_kept().get(step, math.nan)
+            if math.isfinite(loss) and (best is None or loss < self.losses[best]):
+                best = step
+        return best
+
     def new_contents(self) -> Contents:
         return {name: self.chance.randbytes(self.chance.randint(1, 60)) for name in "abc"}
 
@@ -163,10 +197,13 @@ class History:
         folder = self.folder / name_of(step)
         return (folder / "checkpoint.json").is_file() and without_manifest(contents_of(folder)) == self.saved[step]
 
-    def check(self, before: list[int], *, damaged: bool) -> None:
+    def check(self, before: list[int], best: int | None, *, damaged: bool) -> None:
         whole = self.whole()
         if before and not damaged and self.folder.exists() and (not whole or whole[-1] < before[-1]):
             raise Broken(f"{before} were whole, now {whole}")
+        now = self.best_of(whole)
+        if best in self.losses and not damaged and (now is None or self.losses[now] > self.losses[best]):
+            raise Broken(f"the best was {best}, now {now}")
         for name, contents in self.foreign.items():
             if contents_of(self.folder / name) != contents:
                 raise Broken(f"{name} of somebody else has changed")

@@ -13,8 +13,8 @@ from finetune.model.adapter import attach_adapter
 from finetune.model.fast.speed_up import speed_up
 from finetune.model.load import load_base
 from finetune.resolve import Resolved, resolve
+from finetune.train.held_out import autocast
 from finetune.train.loss import lay_end_to_end, stretch_losses_S
-from finetune.train.trainer import autocast
 
 
 def ready(recipe: Path, *settings: str) -> tuple[torch.nn.Module, Resolved]:

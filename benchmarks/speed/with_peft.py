@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from benchmarks.speed.plain import plain_model
 from benchmarks.speed.ready import ready
 from finetune.machine import quiet_libraries
-from finetune.train.trainer import autocast
+from finetune.train.held_out import autocast
 
 quiet_libraries()
 recipe, tokens = Path(sys.argv[1]), Path(sys.argv[2])

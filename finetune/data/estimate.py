@@ -56,6 +56,31 @@ def estimate_facts(data: DataSection, template: Template, *, bytes_per_token: fl
     )
 
 
+def assumed_facts(data: DataSection, template: Template, *, rows: int, tokens: int) -> DataFacts:
+    """The facts of so many rows that nobody has read, all of them of this length and all of it learned.
+
+    Raises:
+        UserError: more rows are held out than there are.
+    """
+    held_out = _held_out(data, rows)
+    lengths = np.full(rows - held_out, tokens, dtype=np.int64)
+    return DataFacts(
+        format=data.format,
+        template=template.name,
+        template_sha256=template.sha256,
+        rows_read=rows,
+        dropped={},
+        train_tokens=lengths,
+        train_supervised=lengths,
+        truncated_tokens=0,
+        straddling_tokens=0,
+        eval_tokens=np.full(held_out, tokens, dtype=np.int64),
+        stop_token_ids=(),
+        source_examples=(len(lengths),),
+        source_weights=(1.0,),
+    )
+
+
 def _read(
     section: SourceSection, data: DataSection, template: Template, bytes_per_token: float
 ) -> tuple[Lengths, list[Refusal]]:

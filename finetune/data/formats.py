@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -9,8 +10,12 @@ from finetune.data.rows import Conversation, Refusal, Row, Turn
 from finetune.data.tool_calls import tools_of
 from finetune.data.turn_rules import check_order, check_texts, with_call_ids, with_own_system
 from finetune.data.turns import MESSAGES, SHAREGPT, Spoken, plain_turn, turn_of, turns_of, unlearned
-from finetune.data.values import Unusable, Values, got, list_of, names_of, near_name, shown, text_of
+from finetune.data.values import Unusable, Values, got, has_media, list_of, names_of, near_name, shown, text_of
 
+MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+PLACEHOLDER = re.compile(
+    r"^<(?:image|video|audio|\|image\||\|video\||\|audio\|)>|^<(?:image|video|audio)>$", re.MULTILINE
+)
 INPUT_HEADING = "\n\n### Input:\n"
 
 
@@ -48,7 +53,10 @@ def read_conversation(row: Row, *, format: str, system: str | None) -> Conversat
     """What a row of this format says; `system` goes before turns without one, but never before plain text."""
     try:
         _check_columns(row, format)
+        _refuse_media(row.values)
         script = FORMATS[format].read(row.values)
+        if format in ("messages", "sharegpt"):  # an Alpaca row may be text that only speaks of one, as Stanford's do
+            _refuse_placeholders(script.spoken)
         if format == "text":
             return Conversation((script.spoken[0].turn,), row)
         spoken = with_own_system(row.values, script.spoken)
@@ -211,6 +219,21 @@ def _check_columns(row: Row, format: str) -> None:
         missing = next(column for column in needed if column not in row.values)
         what = f"this column of {format} is missing, {_columns(row.values)}"
         raise Unusable("missing_column", f"{missing}: {what}; {_rename(row.values, {missing})}")
+
+
+def _refuse_media(values: Values) -> None:
+    """No row with an image, sound or video in a column of its own: its text alone would be another lesson."""
+    for column in MEDIA_COLUMNS:
+        if values.get(column):
+            raise has_media(column, got(values[column]))
+
+
+def _refuse_placeholders(spoken: Iterable[Spoken]) -> None:
+    """No user's turn in which a line says where the image lies; between <image> and </image> it is somebody's XML."""
+    for said in spoken:
+        text = said.turn.text
+        if "<" in text and said.turn.role == "user" and (match := PLACEHOLDER.search(text)) and "</" not in text:
+            raise has_media(said.text_field, got(match[0].strip()))
 
 
 def _rename(values: Values, wanted: Iterable[str]) -> str:

@@ -41,6 +41,16 @@ def hub_files(source: str) -> tuple[tuple[str, Path], ...]:
     return tuple((f"{PREFIX}{name}/{path}", folder / path) for path in _of_split(source, paths, split))
 
 
+def can_be_had(source: str) -> bool:
+    """Whether a source's files are here or can be downloaded now; True also for a name that is none, which is told."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return bool(hub_files(source))
+    except UserError as error:
+        return not isinstance(error.__cause__, LocalEntryNotFoundError)
+
+
 def _is_data(path: str) -> bool:
     name = path.rsplit("/", 1)[-1].lower()
     hidden = any(part.startswith(".") for part in path.split("/"))

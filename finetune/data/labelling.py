@@ -7,6 +7,8 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import chain, islice
@@ -22,6 +24,7 @@ from finetune.data.rows import UNREADABLE, Conversation, Refusal, Row
 from finetune.data.sources import read_rows
 from finetune.data.store import ARRAYS, FIRST_OF_A_KIND, OUTCOMES
 from finetune.data.template import Template, choose_template
+from finetune.errors import Problem, WorkerError
 from finetune.machine import quiet_libraries
 from finetune.recipe import DataSection, SourceSection
 
@@ -225,12 +228,17 @@ def _work(found: Sequence[Found]) -> Piece:
 
 
 def _in_processes(batches: Iterator[list[Found]], reading: Reading, workers: int) -> Iterator[Piece]:
-    """Pieces in order; never more than a few batches are read ahead, so that memory stays bounded."""
+    """Pieces in order; never more than a few batches are read ahead, so that memory stays bounded.
+
+    Raises:
+        WorkerError: one of the processes was killed.
+    """
     # Spawned, not forked: a process that has started threads (torch, tokenizers) must not be copied.
     context = multiprocessing.get_context("spawn")
     # Without what is loaded and compiled: each worker reads the tokenizer and compiles the template itself.
     fresh = replace(reading, base=replace(reading.base), template=replace(reading.template))
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(fresh,)) as pool:
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(fresh,))
+    with pool, _worker_death_told():
         waiting: deque[Future[Piece]] = deque()
         for batch in batches:
             waiting.append(pool.submit(_work, batch))
@@ -238,3 +246,15 @@ def _in_processes(batches: Iterator[list[Found]], reading: Reading, workers: int
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+@contextmanager
+def _worker_death_told() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        message = (
+            "a process that was at work on them was killed, as the system does where memory is short: end other "
+            "programs, and start again"
+        )
+        raise WorkerError(Problem("reading the rows", message)) from error

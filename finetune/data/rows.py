@@ -19,6 +19,7 @@ REASONS = {
     "missing_column": "a column or key that the format needs is not there",
     "wrong_type": "a value of another type than the format needs",
     "bad_turns": "turns that do not alternate, or do not end with the assistant",
+    "has_media": "the row has an image, a sound or a video, and only text is trained on",
     "bad_tool_call": "a tool call or a tool that cannot be read",
     "empty_prompt": "nothing is asked",
     "empty_answer": "the answer is empty",

@@ -39,7 +39,8 @@ ARRAYS: dict[str, str] = {
 }
 OUTCOMES = tuple(REASONS)
 LITTER_SECONDS = 24 * 3600
-FOR_PEOPLE = ("show", "page", "passes", "account", "prepare", "pool", "steps")  # files that change no id and no label
+# Files that change no id and no label.
+FOR_PEOPLE = ("show", "page", "passes", "account", "prepare", "prompts", "pool", "steps")
 FIRST_OF_A_KIND = 5  # so many problems of a kind are kept in words, all of them are counted
 
 

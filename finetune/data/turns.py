@@ -9,7 +9,20 @@ from typing import Any, NamedTuple
 
 from finetune.data.rows import Turn
 from finetune.data.tool_calls import FUNCTION_CALL, calls_in_text, calls_of
-from finetune.data.values import LONGEST_SHOWN, Unusable, Values, got, list_of, needed_value, optional_text, text_of
+from finetune.data.values import (
+    LONGEST_SHOWN,
+    Unusable,
+    Values,
+    got,
+    has_media,
+    list_of,
+    needed_value,
+    optional_text,
+    text_of,
+)
+
+# Of OpenAI's and transformers' typed parts.
+MEDIA_PARTS = ("image", "image_url", "input_image", "video", "video_url", "audio", "input_audio", "audio_url", "file")
 
 
 class Spoken(NamedTuple):
@@ -126,6 +139,8 @@ def _content(said: Values, key: str, field: str, *, optional: bool) -> str:
     texts = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind in MEDIA_PARTS:
+            raise has_media(f"{field}[{index}].type", got(kind))
         if kind != "text":
             what = got(part if kind is None else kind)
             cure = "only text can be learned: write the others as text, or delete the row"

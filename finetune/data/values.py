@@ -30,6 +30,12 @@ def text_of(value: Any, field: str) -> str:
     return value
 
 
+def has_media(field: str, what: str) -> Unusable:
+    """Why a row with an image, a sound or a video is not trained on, and what to do."""
+    cure = "delete the row, describe what is seen or heard as text, or drop such rows with data.drop: [has_media]"
+    return Unusable("has_media", f"{field}: must not be there, {what}: only text is trained on; {cure}")
+
+
 def _check_whole_characters(text: str, field: str) -> None:
     """No half of a surrogate pair: JSON can write one as an escape, and no tokenizer can read it."""
     try:

@@ -67,6 +67,26 @@ def is_left_matrix(name: str) -> bool:
     return "lora_B." in name or "lora_embedding_B." in name
 
 
+def adapted_modules(model: torch.nn.Module) -> dict[str, list[torch.nn.Parameter]]:
+    """By module of the base, what is trained of it; without rows of an embedding, which few texts hold."""
+    assert isinstance(model, PeftModel)
+    mark = f".{model.base_model.prefix}"
+    found: dict[str, list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "trainable_tokens" not in name:
+            module = name.partition(mark)[0].removeprefix("base_model.model.")
+            found.setdefault(module, []).append(parameter)
+    return found
+
+
+@contextmanager
+def base_alone(model: torch.nn.Module) -> Iterator[None]:
+    """The model without its adapter while the block runs."""
+    assert isinstance(model, PeftModel)
+    with model.disable_adapter():
+        yield
+
+
 @contextmanager
 def adapter_untouched(model: torch.nn.Module) -> Iterator[None]:
     """Trainable weights are afterwards what they were: TRL's constructor casts those of quantised bases to bfloat16

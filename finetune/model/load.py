@@ -1,8 +1,9 @@
-"""Load a frozen base: a plan in, a transformers model in 4-bit, 8-bit or 16-bit out. The only door to bitsandbytes."""
+"""Load a frozen base: a plan in, a transformers model in 4-bit, 8-bit or 16-bit out."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers.utils.logging
@@ -11,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -19,14 +21,21 @@ from finetune.errors import Problem, UserError
 from finetune.families import VISION
 from finetune.model.attention import register_attention
 from finetune.model.experts import FOUR_BITS, ExpertsConfig, experts_to_quantize
+from finetune.model.from_cache import load_kept
+from finetune.model.keep import write_entry
+from finetune.model.quantised_cache import Damaged, Entry, discard, find_entry, open_kept, tell
+from finetune.model.streamed import can_stream, load_streamed, stored_tensors
 from finetune.plan import ModelPlan
 from finetune.trust import is_trusted
 
 BLOCK_SIZE = 64  # bitsandbytes' block for nf4 and fp4
 
 
-def load_base(plan: ModelPlan) -> PreTrainedModel:
+def load_base(plan: ModelPlan, *, keep: bool = False) -> PreTrainedModel:
     """The frozen base in evaluation mode, quantised as planned, no parameter requiring a gradient.
+
+    With `keep`, one in 4 bits is kept on disk and taken from there the next time, bit by bit the same; what proves
+    something reads the base itself.
 
     Raises:
         UserError: transformers cannot load the folder.
@@ -38,26 +47,51 @@ def load_base(plan: ModelPlan) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(str(plan.folder), trust_remote_code=trusted)
         beside_vision = getattr(config, "vision_config", None) is not None
-        model = AutoModelForCausalLM.from_pretrained(
-            str(plan.folder),
-            config=config,
-            trust_remote_code=trusted,
-            use_safetensors=True,
-            dtype=dtype,
-            quantization_config=_with_experts(
-                quantization_config(plan.quantization, dtype, beside_vision=beside_vision), plan
-            ),
-            # sdpa where the family can: Gemma 2 caps its attention scores, so that transformers computes them eagerly.
-            attn_implementation=None if plan.attention == "sdpa" else plan.attention,
-            device_map={"": plan.device},
-        )
+        settings = quantization_config(plan.quantization, dtype, beside_vision=beside_vision)
+        model = _load(plan, config, _with_experts(settings, plan), trusted=trusted, keep=keep)
     except (OSError, ValueError, KeyError) as error:
         first_line = (str(error).splitlines() or [""])[0]
         raise UserError(Problem(str(plan.folder), f"transformers cannot load this base: {first_line}")) from error
     model.requires_grad_(False)
     keep_4bit_weights_unpacked(model)
-    if plan.quantization != "none" and plan.device == "cpu":
+    return model
+
+
+def _load(
+    plan: ModelPlan, config: PreTrainedConfig, settings: BitsAndBytesConfig | None, *, trusted: bool, keep: bool
+) -> PreTrainedModel:
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, plan.dtype),
+        # sdpa where the family can: Gemma 2 caps its attention scores, so that transformers computes them eagerly.
+        "attn_implementation": None if plan.attention == "sdpa" else plan.attention,
+        "device_map": {"": plan.device},
+    }
+    if settings is not None and can_stream(config, trusted=trusted):
+        entry = find_entry(plan, settings) if keep else None
+        if entry is None:
+            return load_streamed(plan.folder, config, settings, stored_tensors(plan.folder), **options)
+        return _load_through(entry, plan, config, settings, options)
+    options |= {"use_safetensors": True, "quantization_config": settings}
+    model = AutoModelForCausalLM.from_pretrained(str(plan.folder), config=config, trust_remote_code=trusted, **options)
+    if settings is not None and plan.device == "cpu":
         leave_file_(model)
+    return model
+
+
+def _load_through(
+    entry: Entry, plan: ModelPlan, config: PreTrainedConfig, settings: BitsAndBytesConfig, options: dict[str, Any]
+) -> PreTrainedModel:
+    """From the cache where it is there and whole, else from the base, which is kept then."""
+    try:
+        if kept := open_kept(entry):
+            tell(f"{plan.base}: read in 4 bits from {kept.folder}, {kept.bytes / 1e9:.2f} GB")
+            return load_kept(plan.folder, config, settings, kept, **options)
+    except Damaged as damage:
+        discard(entry, damage)
+        damage.__traceback__ = None  # it holds on to half a model
+    tell(f"{plan.base}: quantised to {plan.quantization} while it is read, {entry.stored_bytes / 1e9:.2f} GB")
+    model = load_streamed(plan.folder, config, settings, stored_tensors(plan.folder), **options)
+    write_entry(entry, model)
     return model
 
 

@@ -27,7 +27,7 @@ from finetune.release.proof import NO_OP_LIMIT, PROBE_TOKENS, fine_limit, load_p
 from finetune.release.proof_files import prove_text
 from finetune.release.source import Source
 from finetune.release.weights import read_tensors
-from finetune.train.trainer import autocast
+from finetune.train.held_out import autocast
 
 Exact = Callable[
     [TensorEntry, torch.Tensor], torch.Tensor

@@ -198,7 +198,8 @@ def _figures(manifest: Mapping[str, Any]) -> str:
         rows.append(("training loss", f"{result['train_loss']:.4f}", how))
     if result and result.get("eval_loss") is not None:
         held_out = plan.get("eval_examples")
-        how = f"after the last step, over {held_out:,} held-out rows" if held_out else "after the last step"
+        when = f"after step {result['adapter_step']}" if result.get("adapter_step") else "after the last step"
+        how = f"{when}, over {held_out:,} held-out rows" if held_out else when
         rows.append(("held-out loss", f"{result['eval_loss']:.4f}", how + ", base and adapter as trained"))
     for candidate, loss in onto.get("scores", {}).items():
         how = f"over {onto['rows']} {onto['rows_from']}, weights rounded as published, computed in float32"

@@ -38,7 +38,7 @@ from finetune.release.parts import Read
 from finetune.release.routes import Route
 from finetune.release.source import Source
 from finetune.release.weights import read_tensors
-from finetune.train.trainer import autocast, mean_loss
+from finetune.train.held_out import autocast, mean_loss
 
 GREEDY_TOKENS = 24
 GREEDY_TOKENS_AT_LEAST = 4

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.artifact import write_json
+from finetune.quantised_base import stored_notes
 from finetune.release.card import write_card
 from finetune.release.choice import Progress
 from finetune.release.export_proof import prove_in_fresh_process
@@ -117,6 +118,7 @@ def _write_and_prove(order: Order, made_of: Input, folder: Path, *, out: Path, p
     progress(f"writing {order.format}")
     facts = FORMATS[order.format].write(order, made_of.path, folder)
     notes = [*licence_notes(origin.folder, manifest["base"]["id"], out.name), *facts.pop("notes", ())]
+    notes += stored_notes(manifest["base"].get("stored"))
     manifest |= {"format": order.format, "name": origin.name, **facts, "notes": notes}
     write_json(folder / MANIFEST, manifest | {"proofs": [], "files": describe_files(folder)})
     progress("proving in a fresh process")

@@ -17,7 +17,7 @@ from finetune.release.card import write_card
 from finetune.release.choice import Progress
 from finetune.release.delta import DTYPES
 from finetune.release.fresh import Proof, answer_of, proof_lines
-from finetune.release.licences import licence_notes, write_licence_files
+from finetune.release.licences import write_licence_files
 from finetune.release.manifest import CARD, MANIFEST, describe_files
 from finetune.release.origin import Origin, describe_model, find_origin, seen_from, weights_sha256
 from finetune.release.proof_files import base_generation_config
@@ -248,7 +248,7 @@ def _describe(before: Base, after: Origin, told: Mapping[str, Any], out: Path) -
         **facts,
         "run": seen_from(out, after.folder),
         "format": "adapter",
-        "notes": [*licence_notes(before.facts.folder, before.facts.base, out.name), *notes],
+        "notes": [*facts["notes"], *notes],
         "extracted": {**told, **tuned},
     }
 

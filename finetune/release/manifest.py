@@ -10,6 +10,7 @@ from typing import Any
 from finetune.artifact import read_json
 from finetune.base import sha256_of
 from finetune.errors import Problem, ProofError, UserError
+from finetune.quantised_base import stored_as, stored_notes
 from finetune.release.licences import data_licences, licence_notes
 
 MANIFEST = "finetune.json"
@@ -42,8 +43,14 @@ def facts_to_tell(lock: Mapping[str, Any] | None, base_folder: Path, base_id: st
         "overrides": list(lock["overrides"]) if lock else [],
         "libraries": dict(lock["libraries"]) if lock else {},
         "data_licences": data_licences(lock["data_sha256"]) if lock else {},
-        "notes": licence_notes(base_folder, base_id, name),
+        "notes": [*licence_notes(base_folder, base_id, name), *stored_notes(stored_as(base_folder))],
     }
+
+
+def as_stored(base_folder: Path) -> dict[str, Any]:
+    """The manifest's word for how the base was stored, where that was quantised: form, bits, its files' sha256."""
+    record = stored_as(base_folder)
+    return {"stored": dict(record)} if record else {}
 
 
 def describe_files(folder: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from finetune.release.changes import HEAD
 from finetune.release.choice import Choice, Progress, choose_onto
 from finetune.release.fresh import Proof, proof_lines, prove_in_fresh_process
 from finetune.release.licences import write_licence_files
-from finetune.release.manifest import CARD, MANIFEST, describe_files, facts_to_tell
+from finetune.release.manifest import CARD, MANIFEST, as_stored, describe_files, facts_to_tell
 from finetune.release.merging import make_merging
 from finetune.release.proof import make_onto
 from finetune.release.proof_files import base_generation_config, expected_stops, stop_ids
@@ -146,7 +146,8 @@ def _manifest(source: Source, choice: Choice, base_sha256: Mapping[str, str], ou
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "finetune": version_of("finetune-toolkit"),
         "run": os.path.relpath(source.path.resolve(), out.resolve()),
-        "base": {"id": source.model.base, "revision": source.model.revision, "sha256": dict(base_sha256)},
+        "base": {"id": source.model.base, "revision": source.model.revision, "sha256": dict(base_sha256)}
+        | as_stored(source.base.facts.folder),
         "adapter_sha256": sha256_of(source.adapter / "adapter_model.safetensors"),
         "data_sha256": dict(source.lock["data_sha256"]) if source.lock else {},
         "template_sha256": source.template.sha256,

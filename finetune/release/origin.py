@@ -14,7 +14,7 @@ from finetune.artifact import read_json, version_of
 from finetune.base import Base, read_base, read_chat_template, sha256_of, weight_files
 from finetune.data.template import Template, parse_date
 from finetune.errors import Problem, StorageError, UserError, raise_problems
-from finetune.release.manifest import MANIFEST, damaged_files, facts_to_tell, read_manifest
+from finetune.release.manifest import MANIFEST, as_stored, damaged_files, facts_to_tell, read_manifest
 from finetune.release.merge import release_generation_config
 from finetune.release.proof_files import base_generation_config, expected_stops, stop_ids
 from finetune.release.source import DEFAULT_DATE, Source, read_source
@@ -105,7 +105,8 @@ def describe_origin(origin: Origin, base_sha256: Mapping[str, str], out: Path) -
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "finetune": version_of("finetune-toolkit"),
         "run": seen_from(out, source.path) if source else None,
-        "base": {"id": id, "revision": source.model.revision if source else base.revision, "sha256": dict(base_sha256)},
+        "base": {"id": id, "revision": source.model.revision if source else base.revision, "sha256": dict(base_sha256)}
+        | as_stored(base.folder),
         "onto": None,
         "template_sha256": sha256(origin.chat_template.encode()).hexdigest() if origin.chat_template else None,
         "stop_token_ids": list(origin.stop_token_ids),

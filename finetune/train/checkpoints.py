@@ -9,12 +9,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from finetune.base import sha256_of
@@ -28,10 +30,18 @@ FORMAT = "finetune-checkpoint-1"
 NO_FSYNC_HERE = {errno.EINVAL, errno.ENOTSUP}  # what some network file systems answer; anything else is a failed save
 
 
-def write_checkpoint(folder: Path, *, step: int, keep: int, write: Callable[[Path], None]) -> Path:
+def write_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    keep: int,
+    write: Callable[[Path], None],
+    losses: Mapping[int, float] = MappingProxyType({}),
+) -> Path:
     """`folder`/step-000200, filled by `write` and sealed; then older ones are removed, so that `keep` are left.
 
-    A whole checkpoint of this step that is there already stays as it is. A failure leaves no staging folder.
+    With `losses` (by step) the whole one with the lowest is left, too. A whole checkpoint of this step that is there
+    already stays as it is. A failure leaves no staging folder.
     """
     final = folder / f"step-{step:06d}"
     staging = _hidden(final, "partial")
@@ -50,7 +60,7 @@ def write_checkpoint(folder: Path, *, step: int, keep: int, write: Callable[[Pat
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    _rotate(final, keep=keep)
+    _rotate(final, keep=keep, losses=losses)
     return final
 
 
@@ -76,6 +86,18 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
         )
         raise StorageError(Problem(str(folder), message))
     return None
+
+
+def best_first(losses: Mapping[int, float]) -> list[int]:
+    """The steps from the lowest loss to the highest, of equal ones the earlier first; NaN is none of them."""
+    return sorted((step for step, loss in losses.items() if math.isfinite(loss)), key=lambda step: (losses[step], step))
+
+
+def best_whole_checkpoint(folder: Path, losses: Mapping[int, float], *, sealed: Path | None = None) -> Path | None:
+    """The checkpoint with the lowest loss whose every byte is as it was sealed; `sealed` was just now."""
+    there = {step_of(checkpoint): checkpoint for checkpoint in find_checkpoints(folder)}
+    found = (there[step] for step in best_first(losses) if step in there)
+    return next((path for path in found if path == sealed or find_damage(path) is None), None)
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -182,15 +204,16 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
     return content["files"]
 
 
-def _rotate(sealed: Path, *, keep: int) -> None:
+def _rotate(sealed: Path, *, keep: int, losses: Mapping[int, float]) -> None:
     """Remove checkpoints older than the one just sealed beyond `keep`; what holds no manifest of ours is not touched.
 
+    Nor is the best whole one, which stays beside the `keep` newest.
     One that is newer, or damaged and newer than those kept, is left alone: rotation never removes the newest whole one.
     One that cannot be removed is said and left: the new checkpoint is whole all the same.
     """
-    kept = 1
+    kept, best = 1, best_whole_checkpoint(sealed.parent, losses, sealed=sealed)
     for old in reversed(find_checkpoints(sealed.parent)):
-        if step_of(old) >= step_of(sealed):
+        if step_of(old) >= step_of(sealed) or (kept >= keep and old == best):
             continue
         if kept >= keep and _holds_manifest(old):
             try:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from finetune.stop import Stopped, StopSignal
 from finetune.train.checkpoints import find_checkpoints
 from finetune.train.memory import is_out_of_memory
 from finetune.train.silence import AGAIN, SignsOfLife, Store
+from finetune.train.stillness import Stillness
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +40,7 @@ class Ranks:
     rank: int = 0
     count: int = 1
     signs: SignsOfLife | None = None
+    stillness: Stillness | None = None  # of one alone, whom nobody waits for
 
     @property
     def is_first(self) -> bool:
@@ -141,17 +144,21 @@ class Ranks:
     def ends_noted(self, folder: Path, stop: StopSignal) -> Iterator[None]:
         """Every rank's exit code in the run folder's exit.json, for a launcher that answers 1 whatever they answer.
 
+        One that could note nothing, because it was killed, stays null.
+
         Raises:
             WorkerError: a library was meeting the other ranks, and one was gone.
         """
         if self.count == 1:
+            if self.stillness:
+                self.stillness.folder, self.stillness.kept = folder, kept_in(folder)
             yield
             return
         file = folder / "exit.json"
-        self.first_alone(lambda: _forget(file))
+        self.first_alone(lambda: _expect_ends(file, self.count))
         stop.note = lambda code: note_exit(file, rank=self.rank, code=code)
         if self.signs:
-            self.signs.kept = lambda: _kept(folder)
+            self.signs.kept = lambda: kept_in(folder)
         error: BaseException | None = None
         try:
             yield
@@ -165,6 +172,9 @@ class Ranks:
             stop.note(stop.code_of(error))
 
 
+ALONE = Ranks()
+
+
 @contextlib.contextmanager
 def joined_ranks(rank: int, local_rank: int, count: int, *, stop: StopSignal) -> Iterator[Ranks]:
     """The ranks of a launcher, connected: gloo between CPUs, NCCL between GPUs; `stop` is how one ends that waits.
@@ -174,7 +184,9 @@ def joined_ranks(rank: int, local_rank: int, count: int, *, stop: StopSignal) ->
         WorkerError: another is gone before all are connected.
     """
     if count == 1:
-        yield Ranks()
+        stillness = Stillness(stop.end_here)
+        with stillness.watched():
+            yield Ranks(stillness=stillness)
         return
     import torch
 
@@ -186,6 +198,8 @@ def joined_ranks(rank: int, local_rank: int, count: int, *, stop: StopSignal) ->
         backend = "cpu:gloo,cuda:nccl"  # numbers to agree on never leave the CPU
     else:
         backend = "gloo"
+    if _on_one_host(count) and "lo" in {name for _, name in socket.if_nameindex()}:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo's own choice is the interface of the host's name
     store = _connect(backend, rank, count, stop)
     signs = SignsOfLife(store, rank=rank, count=count, end=stop.end_here)
     try:
@@ -206,7 +220,8 @@ def _connect(backend: str, rank: int, count: int, stop: StopSignal) -> Store:
 
     def connect() -> Store:
         limit = timedelta(seconds=JOIN_SECONDS)
-        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
+        store = _store_on_loopback(count, limit) if rank == 0 else None
+        store = store or next(torch.distributed.rendezvous("env://", timeout=limit))[0]  # type: ignore[attr-defined]
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
         return store
 
@@ -224,6 +239,39 @@ def _connect(backend: str, rank: int, count: int, stop: StopSignal) -> Store:
         message = f"the {count} ranks have not found each other within {JOIN_SECONDS:g} seconds; {AGAIN}"
         stop.end_here(WorkerError(Problem(f"rank {rank}", message)))
     return store
+
+
+def _store_on_loopback(count: int, limit: timedelta) -> Any:
+    """What the ranks meet over, if this process opens it and all of them are on this host; None if not.
+
+    torch's own listens on every interface (torch/distributed/rendezvous.py, _create_c10d_store). Under torchrun it is
+    torchrun that opens it.
+
+    Raises:
+        ValueError: the port is taken.
+    """
+    import torch
+
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if host not in {"127.0.0.1", "localhost"} or not port.isdecimal() or is_torchruns or not _on_one_host(count):
+        return None
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind(("127.0.0.1", int(port)))
+        except (OSError, OverflowError) as error:
+            message = f"failed to listen on 127.0.0.1:{port} ({error})"
+            raise ValueError(message) from error
+        listening.listen()
+        number = listening.detach()  # from here on torch's
+    return torch.distributed.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", int(port), count, is_master=True, timeout=limit, master_listen_fd=number
+    )
+
+
+def _on_one_host(count: int) -> bool:
+    return os.environ.get("LOCAL_WORLD_SIZE") == str(count)
 
 
 def _in_thread(work: Callable[[], T], *, seconds: float) -> T | None:
@@ -258,12 +306,12 @@ def _first_line(text: str) -> str:
     return text.strip().splitlines()[0]
 
 
-def _forget(file: Path) -> None:
+def _expect_ends(file: Path, count: int) -> None:
     with storing(file):
-        file.unlink(missing_ok=True)
+        file.write_text(json.dumps(dict.fromkeys(map(str, range(count)))) + "\n", encoding="utf-8")
 
 
-def _kept(folder: Path) -> str:
+def kept_in(folder: Path) -> str:
     """The end of a message that says where a run can go on."""
     checkpoints = find_checkpoints(folder / "checkpoints")
     return f", which goes on from {checkpoints[-1]}" if checkpoints else ""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.stop import StopSignal
-from finetune.train.ranks import Ranks
+from finetune.train.ranks import Ranks, kept_in
 
 
 class StopAtStepEnd(TrainerCallback):
@@ -18,19 +19,27 @@ class StopAtStepEnd(TrainerCallback):
         self.ranks = ranks
         self.agreed = 0
 
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.ranks.stillness:
+            self.ranks.stillness.step_begins()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._stop_if_agreed(control)
+        if self.ranks.stillness:
+            self.ranks.stillness.step_ended()
+        self.stop_if_agreed(control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._stop_if_agreed(control)
+        self.stop_if_agreed(control)
 
-    def _stop_if_agreed(self, control: TrainerControl) -> None:
+    def stop_if_agreed(self, control: TrainerControl) -> None:
         self.agreed = self.ranks.largest(self.agreed or self.stop.number)
         if self.agreed:
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A signal that came while the checkpoint was written needs no further step."""
+        if self.ranks.stillness:
+            self.ranks.stillness.kept = kept_in(Path(str(args.output_dir)).parent)
         self.agreed = self.ranks.largest(self.agreed or self.stop.number)
         if self.agreed:
             control.should_training_stop = True

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,26 +19,30 @@ from finetune.machine import GIB
 from finetune.model.adapter import adapter_untouched
 from finetune.plan import TrainPlan
 from finetune.stop import Stopped, StopSignal
+from finetune.train.best import EndedEarly, FollowHeldOut, take_best
 from finetune.train.checkpoints import find_checkpoints, newest_whole_checkpoint, step_of
 from finetune.train.memory import out_of_memory_told
-from finetune.train.ranks import Ranks
+from finetune.train.ranks import ALONE, Ranks
+from finetune.train.samples import AnswerAll, Samples
 from finetune.train.stop import StopAtStepEnd
-from finetune.train.trainer import ALONE, StepTrainer, make_trainer
-from finetune.train.watch import Watch, draw_loss_curve, read_metrics
+from finetune.train.trainer import StepTrainer, make_trainer
+from finetune.train.trial import TrialBeforeFirstStep
+from finetune.train.watch import Watch, draw_loss_curve, flush, read_metrics
 
 
 @dataclass(frozen=True)
 class TrainResult:
     """The figures of a finished training, as `finetune train --json` prints them."""
 
-    steps: int
+    steps: int  # that were done; fewer than planned where the run ended early
     examples: int
     supervised_tokens: int
     train_loss: float  # mean over the last epoch's worth of steps, at most 20
-    eval_loss: float | None
+    eval_loss: float | None  # of the adapter
     seconds: float
     tokens_per_second: float
     peak_memory_gib: float
+    adapter_step: int | None = None  # whose weights the adapter has; None where that was not asked: the last step's
 
 
 def train(  # noqa: PLR0913 - everything a training is made of
@@ -50,8 +55,15 @@ def train(  # noqa: PLR0913 - everything a training is made of
     folder: Path,
     stop: StopSignal | None = None,
     ranks: Ranks = ALONE,
+    lightened: Callable[[TrainPlan, str], None] = lambda plan, told: None,
+    starts_at_base: bool = True,
+    answer_all: AnswerAll | None = None,
 ) -> TrainResult | None:
     """Train `model` in place from the newest whole checkpoint in `folder`, or from the start; the first rank's figures.
+
+    `lightened` is called before a step that ran out of memory is begun again in a lighter layout, with the plan that
+    holds it and what to say. `starts_at_base`: the adapter is new, and none that another run has trained.
+    `answer_all` answers the prompts of samples.jsonl.
 
     Raises:
         Stopped: a signal came, and a checkpoint is saved.
@@ -71,6 +83,8 @@ def train(  # noqa: PLR0913 - everything a training is made of
             folder=folder / "checkpoints",
             ranks=ranks,
         )
+    trainer.lightened = lambda told: lightened(trainer.plan, told)
+    trainer.add_callback(TrialBeforeFirstStep(trainer, starts_at_base=starts_at_base))
     watch = Watch(
         plan,
         folder / "metrics.jsonl",
@@ -79,13 +93,16 @@ def train(  # noqa: PLR0913 - everything a training is made of
     )
     with out_of_memory_told(lambda: trainer.stage, kept=lambda: _kept(folder)):
         try:
-            _run_steps(trainer, watch, stop or StopSignal(), checkpoint)
+            _run_steps(trainer, watch, stop or StopSignal(), checkpoint, answer_all)
             with storing(folder / "metrics.jsonl"):
                 watch.metrics.flush()  # what a full disk refused until now
         finally:
             watch.close()
     if not ranks.is_first:
         return None
+    step = trainer.state.global_step
+    with storing(folder / "checkpoints"):
+        taken = take_best(model, folder / "checkpoints", watch.held_out, now=step) if plan.keep_best else None
     entries = read_metrics(folder / "metrics.jsonl")
     steps = [entry for entry in entries if "loss" in entry]
     losses = [entry["loss"] for entry in steps[-20:]]
@@ -94,16 +111,16 @@ def train(  # noqa: PLR0913 - everything a training is made of
         raise StorageError(Problem(str(folder / "metrics.jsonl"), f"holds the loss of no step any more; {cure}"))
     with storing(folder / "loss.png"):
         draw_loss_curve(folder / "metrics.jsonl", folder / "loss.png")
-    held_out_losses = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]  # the last step has one
     return TrainResult(
-        steps=plan.steps,
+        steps=step,
         examples=len(examples),
         supervised_tokens=sum(entry["supervised_tokens"] for entry in steps),
         train_loss=sum(losses) / len(losses),
-        eval_loss=held_out_losses[-1] if held_out else None,
+        eval_loss=watch.held_out.get(taken or step),
         seconds=time.perf_counter() - started,
         tokens_per_second=watch.tokens_per_second,
         peak_memory_gib=peak_memory_gib(plan.device),
+        adapter_step=taken,
     )
 
 
@@ -114,7 +131,9 @@ def _newest_checkpoint(folder: Path, ranks: Ranks) -> Path | None:
     return found or (folder / f"step-{step:06d}" if step else None)
 
 
-def _run_steps(trainer: StepTrainer, watch: Watch, stop: StopSignal, checkpoint: Path | None) -> None:
+def _run_steps(
+    trainer: StepTrainer, watch: Watch, stop: StopSignal, checkpoint: Path | None, answer_all: AnswerAll | None
+) -> None:
     """From the checkpoint, or the start, to the last step.
 
     Raises:
@@ -122,17 +141,21 @@ def _run_steps(trainer: StepTrainer, watch: Watch, stop: StopSignal, checkpoint:
         StorageError: it could not be saved.
     """
     ranks, folder = trainer.ranks, Path(str(trainer.args.output_dir)).parent
+    boundary = StopAtStepEnd(stop, ranks)
+    samples = Samples(trainer, answer_all, folder / "samples.jsonl", boundary=boundary)
     if ranks.is_first:
         trainer.add_callback(watch)
-        trainer.before_save = watch.metrics.flush
-    boundary = StopAtStepEnd(stop, ranks)
+        trainer.before_save = lambda: flush(watch.metrics, samples.file)
+        if trainer.plan.keep_best:
+            trainer.losses_kept = lambda: watch.held_out
     trainer.signalled = lambda: bool(stop.number)
-    trainer.add_callback(_OwedEvaluation(trainer, watch))
-    trainer.add_callback(boundary)
+    for callback in (_OwedEvaluation(trainer, watch), boundary, samples, FollowHeldOut(trainer, watch)):
+        trainer.add_callback(callback)
     trainer.seed_rank()
     stop.at_once = False
     stop.check()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with samples.written(), suppress(EndedEarly):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step = trainer.state.global_step
     if boundary.agreed:
         stop.number = boundary.agreed

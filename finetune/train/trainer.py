@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,20 @@ from finetune.layout import cut_into_passes, lay_out_steps
 from finetune.machine import settle_memory
 from finetune.model.adapter import is_left_matrix, save_adapter
 from finetune.plan import TrainPlan
+from finetune.plan_layout import Lowered
+from finetune.plan_lowered import layout_of_step, lighten
 from finetune.train.arguments import trainer_arguments
 from finetune.train.checkpoints import write_checkpoint
+from finetune.train.held_out import EvaluationStopped, mean_loss
 from finetune.train.loss import lay_end_to_end, stretch_losses_S
-from finetune.train.memory import is_out_of_memory
+from finetune.train.memory import asked_for, is_out_of_memory
 from finetune.train.optimizer import clip_gradients_, forget_gradients
-from finetune.train.ranks import Ranks, deal
+from finetune.train.ranks import ALONE, Ranks, deal
 from finetune.train.state import Stateful, load_random_state, load_state, load_weights, random_state_bytes, save_state
+from finetune.train.step_again import free_memory, random_state, recompute_layers, set_random_state
 
 FAILED_SAVES_ALLOWED = 2  # in a row; the next one ends the run
 PASSES = "forward and backward"
-ALONE = Ranks()
 
 
 class StepTrainer(SFTTrainer):
@@ -50,9 +52,12 @@ class StepTrainer(SFTTrainer):
         self.step_tokens = 0
         self.step_supervised = 0
         self.failed_saves = 0  # in a row, up to now
-        self.settled_gib = 0.0  # held by this process after the step that last returned memory
+        self.settled_gib = 0.0  # what settle_memory needs to hear of the step before
+        self.recomputes = plan.recompute  # as the Trainer switches it on when it begins
         self.stage = PASSES  # what this process is doing, for an error that has to name it
         self.before_save: Callable[[], None] = lambda: None
+        self.losses_kept: Callable[[], Mapping[int, float]] = dict  # held-out ones by step, whose best is kept
+        self.lightened: Callable[[str], None] = lambda told: None  # called before a step goes on in another layout
         self.signalled: Callable[[], bool] = lambda: False
         super().__init__(**kwargs)
         # All of it: PEFT's wrapper says that it trains while the base inside is as it was loaded, without dropout and
@@ -112,18 +117,69 @@ class StepTrainer(SFTTrainer):
         return step_loss
 
     def _accumulate_gradients(self, model: torch.nn.Module, share: Sequence[Example]) -> torch.Tensor:
-        """The loss of the whole step, and its gradients on every rank, from this rank's share of the examples."""
+        """The loss of the whole step, and its gradients on every rank, from this rank's share of the examples.
+
+        Where a pass runs out of memory, on any rank, all take a lighter layout and begin the step again, with the
+        random numbers that it began with.
+        """
+        began_with = random_state(self.args.device)
+        while True:
+            self._take_layout(model)
+            loss, asked = self._run_passes(model, share)
+            sums = torch.stack([loss, torch.full_like(loss, float(asked is not None))])
+            self.ranks.sum_gradients_(self._trainable)
+            self.ranks.sum_(sums)
+            if not sums[1]:
+                return sums[0]
+            forget_gradients(self._trainable)
+            set_random_state(self.args.device, began_with)
+            self._lighten(asked or "another rank asked for it")
+
+    def _run_passes(self, model: torch.nn.Module, share: Sequence[Example]) -> tuple[torch.Tensor, str | None]:
+        """This rank's part of the step's loss, its gradients, and what was asked for if memory ran out on the way.
+
+        Raises:
+            RuntimeError, MemoryError: out of memory, and there is no lighter layout.
+        """
         step_loss = torch.zeros((), device=self.args.device)
-        for members in cut_into_passes([e.tokens for e in share], tokens_per_pass=self.plan.tokens_per_pass):
-            chosen = [share[index] for index in members]
-            stretch = lay_end_to_end(chosen, device=self.args.device, share_prefixes=self.shares_prefixes)
-            with self.compute_loss_context_manager():
-                loss = stretch_losses_S(model, stretch).sum() / self.step_supervised
-            self.accelerator.backward(loss)
-            step_loss += loss.detach()
-        self.ranks.sum_gradients_(self._trainable)
-        self.ranks.sum_(step_loss)
-        return step_loss
+        try:
+            for members in cut_into_passes([e.tokens for e in share], tokens_per_pass=self.layout.tokens_per_pass):
+                chosen = [share[index] for index in members]
+                stretch = lay_end_to_end(chosen, device=self.args.device, share_prefixes=self.shares_prefixes)
+                with self.compute_loss_context_manager():
+                    loss = stretch_losses_S(model, stretch).sum() / self.step_supervised
+                self.accelerator.backward(loss)
+                step_loss += loss.detach()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or self._lighter_plan() is None:
+                raise
+            asked = asked_for(error)
+        else:
+            return step_loss, None
+        forget_gradients(self._trainable)
+        free_memory(self.args.device)  # only here, where no traceback holds the pass any more
+        return torch.zeros_like(step_loss), asked
+
+    def _take_layout(self, model: torch.nn.Module) -> None:
+        if self.recomputes != self.layout.recompute:
+            self.recomputes = self.layout.recompute
+            recompute_layers(model, on=self.recomputes)
+
+    @property
+    def layout(self) -> Lowered:
+        """How the passes of the step at work are laid out; of an evaluation, those of the step before it."""
+        return layout_of_step(self.plan, self.state.global_step + (self.stage == PASSES))
+
+    def _lighter_plan(self) -> TrainPlan | None:
+        longest = max(example.tokens for example in self.examples)
+        return lighten(self.plan, step=self.state.global_step + 1, longest=longest)
+
+    def _lighten(self, asked: str) -> None:
+        before, plan = self.layout, self._lighter_plan()
+        assert plan is not None, "every rank has the same plan, and one of them saw a lighter one"
+        self.plan = plan
+        told = f"step {self.state.global_step + 1} ran out of memory, {asked}; from here on {self.layout.told(before)}"
+        self.ranks.first_alone(lambda: self.lightened(told))
 
     def _overflowed(self) -> bool:
         """Whether a scaled gradient is out of float16's range, and the scale can still be halved."""
@@ -169,7 +225,7 @@ class StepTrainer(SFTTrainer):
         return mean_loss(
             self.adapted_model,
             self.held_out,
-            tokens_per_pass=self.plan.tokens_per_pass,
+            tokens_per_pass=self.layout.tokens_per_pass,
             share_prefixes=self.shares_prefixes,
             ranks=self.ranks,
             stopping=self.signalled if alone else lambda: False,
@@ -195,7 +251,8 @@ class StepTrainer(SFTTrainer):
             self._write_checkpoint_files(staging, random_states)
 
         try:
-            write_checkpoint(folder, step=step, keep=self.plan.keep_checkpoints, write=write)
+            losses = self.losses_kept()
+            write_checkpoint(folder, step=step, keep=self.plan.keep_checkpoints, write=write, losses=losses)
         except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
             if is_out_of_memory(error):
                 raise
@@ -277,10 +334,6 @@ class StepTrainer(SFTTrainer):
         self.ranks.agree(error if self.ranks.is_first else None)
 
 
-class EvaluationStopped(Exception):
-    """A signal came between two passes of an evaluation."""
-
-
 def make_trainer(  # noqa: PLR0913 - everything a training is made of
     plan: TrainPlan,
     *,
@@ -307,73 +360,6 @@ def make_trainer(  # noqa: PLR0913 - everything a training is made of
     )
     trainer.remove_callback(PrinterCallback)  # prints every log line to stdout, which is for answers
     return trainer
-
-
-def mean_loss(  # noqa: PLR0913 - how a pass is laid out, by whom, and what ends it
-    model: torch.nn.Module,
-    examples: Sequence[Example],
-    *,
-    tokens_per_pass: int,
-    share_prefixes: bool = False,
-    ranks: Ranks = ALONE,
-    stopping: Callable[[], bool] = lambda: False,
-) -> float:
-    """Mean cross entropy in nats over all supervised tokens of the examples, without gradients; the ranks share them.
-
-    Raises:
-        EvaluationStopped: `stopping` answered True between two passes.
-    """
-    share = deal([example.tokens for example in examples], count=ranks.count)[ranks.rank]
-    sums = sum_losses(
-        model,
-        [examples[index] for index in share],
-        tokens_per_pass=tokens_per_pass,
-        share_prefixes=share_prefixes,
-        stopping=stopping,
-    )
-    total = torch.tensor([math.fsum(sums)], dtype=torch.float64)
-    ranks.sum_(total)
-    return total.item() / sum(example.supervised_tokens for example in examples)
-
-
-def sum_losses(
-    model: torch.nn.Module,
-    examples: Sequence[Example],
-    *,
-    tokens_per_pass: int,
-    share_prefixes: bool = False,
-    stopping: Callable[[], bool] = lambda: False,
-) -> list[float]:
-    """Per example the sum of its supervised tokens' cross entropies in nats, without gradients, in evaluation mode."""
-    sums = [0.0] * len(examples)
-    device = next(model.parameters()).device
-    with _evaluating(model):
-        for members in cut_into_passes([e.tokens for e in examples], tokens_per_pass=tokens_per_pass):
-            if stopping():
-                raise EvaluationStopped
-            chosen = [examples[index] for index in members]
-            losses = stretch_losses_S(model, lay_end_to_end(chosen, device=device, share_prefixes=share_prefixes))
-            pieces = losses.split([example.supervised_tokens for example in chosen])
-            for index, piece in zip(members, pieces, strict=True):
-                sums[index] = piece.double().sum().item()
-    return sums
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Without gradients and dropout, and afterwards as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
-def autocast(device: str, dtype: str) -> AbstractContextManager:
-    """The precision training computes in: bfloat16 or float16 products, or everything in float32."""
-    return torch.autocast(device, dtype=getattr(torch, dtype), enabled=dtype != "float32")
 
 
 def _only_step(items: list[dict[str, Any]]) -> list[int]:

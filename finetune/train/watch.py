@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from finetune.errors import storing
 from finetune.plan import TrainPlan
 from finetune.train.divergence import Divergence
 
-LONGEST_LINE = 4096  # bytes, of metrics.jsonl
+BETWEEN_BARS = 0.1  # seconds
 
 
 class Watch(TrainerCallback):
@@ -33,6 +33,7 @@ class Watch(TrainerCallback):
         self.tokens = 0  # those of this process; what the whole run has seen is in metrics.jsonl
         self.seconds = 0.0
         self.first_step = first_step
+        self.held_out: dict[int, float] = {}  # the loss of every evaluation so far, by step; the first rank's alone
         self.metrics = MetricsFile(metrics_file)
         self._started = time.perf_counter()
         self._divergence = Divergence()
@@ -42,6 +43,7 @@ class Watch(TrainerCallback):
         with storing(self.metrics.file):
             kept = self.metrics.open(until_step=self.first_step)
         self._divergence = Divergence(entry["loss"] for entry in kept if "loss" in entry)
+        self.held_out = held_out_losses(kept)
         self._bar.start()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -62,13 +64,17 @@ class Watch(TrainerCallback):
                 self._bar.note(f"step {state.global_step}: {warning}")
                 self.metrics.add({"step": state.global_step, "warning": warning})
         elif "eval_loss" in logs:
-            self._bar.note(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
+            self.held_out[state.global_step] = float(logs["eval_loss"])
+            self.note(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
             self.metrics.add({"step": state.global_step, "eval_loss": float(logs["eval_loss"])})
+
+    def note(self, text: str) -> None:
+        """A line on stderr, above the progress bar."""
+        self._bar.note(text)
 
     def owes_evaluation(self, step: int) -> bool:
         """Whether a run that goes on after a step has still to evaluate it: a signal came in the middle."""
-        due = step > 0 and (step % self.plan.evaluate_every_steps == 0 or step == self.plan.steps)
-        return due and not any(entry["step"] == step and "eval_loss" in entry for entry in self.metrics.kept)
+        return is_evaluated(self.plan, step) and step not in self.held_out
 
     def close(self) -> None:
         """Close the metrics file and the progress bar."""
@@ -81,13 +87,19 @@ class Watch(TrainerCallback):
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
+def is_evaluated(plan: TrainPlan, step: int) -> bool:
+    """Whether an evaluation follows this step."""
+    return step > 0 and (step % plan.evaluate_every_steps == 0 or step == plan.steps)
+
+
 class MetricsFile:
-    """metrics.jsonl: whole lines only. What a full disk refuses is kept in memory and written with the next line."""
+    """metrics.jsonl or samples.jsonl: whole lines only. What a full disk refuses waits in memory for the next line."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.kept: list[dict[str, Any]] = []  # the entries that were there when it was opened
         self._waiting = b""
+        self._longest = 0  # bytes of a line that was added
         self._size = 0
         self._descriptor: int | None = None
         self._is_behind = False
@@ -103,9 +115,11 @@ class MetricsFile:
         os.ftruncate(self._descriptor, self._size)
         return self.kept
 
-    def add(self, entry: dict[str, Any]) -> None:
-        """Append a line; a disk that is full is said once and does not stop the run."""
-        self._waiting += _line(entry)
+    def add(self, *entries: dict[str, Any]) -> None:
+        """Append lines; a disk that is full is said once and does not stop the run."""
+        lines = [*map(_line, entries)]
+        self._longest = max(self._longest, *map(len, lines))
+        self._waiting += b"".join(lines)
         try:
             self.flush()
         except OSError as error:
@@ -144,8 +158,18 @@ class MetricsFile:
     def _half_a_line(self) -> int:
         """How many bytes stand after the last newline."""
         assert self._descriptor is not None
-        tail = os.pread(self._descriptor, LONGEST_LINE, max(0, self._size - LONGEST_LINE))
+        tail = os.pread(self._descriptor, self._longest, max(0, self._size - self._longest))
         return len(tail) - (tail.rfind(b"\n") + 1)
+
+
+def flush(*files: MetricsFile) -> None:
+    """Write what waits in any of them.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    for file in files:
+        file.flush()
 
 
 def _line(entry: dict[str, Any]) -> bytes:
@@ -166,7 +190,9 @@ class StepBar:
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
             console=console,
+            auto_refresh=False,  # its thread would be at work where the run hangs: finetune/train/stillness.py
         )
+        self._shown = 0.0
         self._task = self._progress.add_task("train", total=steps, completed=first_step, figures="")
 
     def start(self) -> None:
@@ -176,7 +202,10 @@ class StepBar:
     def advance(self, step: int, loss: float, learning_rate: float, tokens_per_second: float) -> None:
         figures = f"loss {loss:.4f}  lr {learning_rate:.2e}  {tokens_per_second:,.0f} tokens/s"
         if self.interactive:
-            self._progress.update(self._task, completed=step, figures=figures)
+            now = time.monotonic()
+            is_due = now - self._shown > BETWEEN_BARS or step == self.steps
+            self._shown = now if is_due else self._shown
+            self._progress.update(self._task, completed=step, figures=figures, refresh=is_due)
         elif step % self._every == 0 or step == self.steps:
             sys.stderr.write(f"step {step}/{self.steps}  {figures}\n")
 
@@ -205,6 +234,11 @@ def read_metrics(metrics_file: Path) -> list[dict[str, Any]]:
             break
         entries.append(entry)
     return entries
+
+
+def held_out_losses(entries: Iterable[dict[str, Any]]) -> dict[int, float]:
+    """The held-out loss by step, from the lines of metrics.jsonl."""
+    return {entry["step"]: entry["eval_loss"] for entry in entries if "eval_loss" in entry}
 
 
 def draw_loss_curve(metrics_file: Path, picture: Path) -> None:

@@ -20,7 +20,7 @@ from finetune.data.template import Rendered
 from finetune.data.trace import read_eval_examples
 from finetune.errors import NumericsError, Problem, UserError, raise_problems
 from finetune.plan import AUTO_TOKENS_PER_PASS
-from finetune.train.trainer import autocast, sum_losses
+from finetune.train.held_out import autocast, sum_losses
 from finetune.use.generate import Completion, complete
 from finetune.use.target import FoundTarget, Target, attention_for_loss, find_target, open_target
 

@@ -14,7 +14,7 @@ from finetune.data.encoder import Encoder
 from finetune.data.rows import Turn
 from finetune.data.template import Rendered, TemplateProblem
 from finetune.errors import Problem, UserError, raise_problems
-from finetune.train.trainer import autocast
+from finetune.train.held_out import autocast
 from finetune.use.target import Target, transformers_model
 
 # B = rows of a batch, T = tokens so far, V = vocabulary
@@ -151,7 +151,7 @@ def complete(
     batch_tokens: int | None = None,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> list[Completion]:
-    """One completion a prompt (token ids), in order; `advance` is told how many more rows are done.
+    """One completion a prompt (token ids), in order; `advance` is told after every token how many more rows are done.
 
     Prompts of like length share a batch of at most `batch_tokens` padded tokens. In float32 a batch's answers are those
     of each prompt alone; in 16 bit near-ties between two tokens may fall differently.
@@ -169,6 +169,7 @@ def complete(
         for tokens in _speak(target, chosen, max_new_tokens=max_new_tokens, choose=choose):
             for row, token in tokens.items():
                 said[row].append(token)
+            advance(0)
         for index, prompt, ids in zip(batch, chosen, said, strict=True):
             answers[index] = _completion(target, prompt, ids)
         advance(len(batch))

@@ -29,6 +29,7 @@ from finetune.machine import probe_machine
 from finetune.model.adapter import load_adapter
 from finetune.model.load import load_base
 from finetune.plan import ModelPlan
+from finetune.quantised_base import is_gguf
 from finetune.recipe import DataSection
 from finetune.train.checkpoints import find_checkpoints
 from finetune.trust import check_foreign_code
@@ -88,7 +89,7 @@ def find_target(target: str, *, template: str | Template | None = None) -> Found
     if isinstance(template, str):
         template = choose_template(template, found.base, date=DEFAULT_DATE)
     chosen = template or found.template
-    stops = {*found.stop_token_ids, *(_closing_token(chosen, found.base) if chosen else ())}
+    stops = {*found.stop_token_ids, *(closing_token(chosen, found.base) if chosen else ())}
     return replace(found, template=chosen, stop_token_ids=tuple(sorted(stops)))
 
 
@@ -101,7 +102,7 @@ def open_target(found: FoundTarget) -> Target:
     """
     if found.adapter is not None:
         _check_adapter_files(found.adapter)
-    model = load_base(found.plan)
+    model = load_base(found.plan, keep=True)
     tuned: torch.nn.Module = model
     if found.adapter is not None:
         try:
@@ -149,6 +150,8 @@ def _kind_of(folder: Path, target: str) -> str:
     for kind, mark in MARKS.items():
         if (folder / mark).is_file():
             return kind
+    if is_gguf(folder):
+        return "model"
     if folder.is_file():
         raise UserError(Problem(target, "is a file; a target is a run, adapter or model folder, or a hub id"))
     seen = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
@@ -245,8 +248,10 @@ _FINDERS = {"run": _run, "adapter": _adapter, "model": _model}
 
 
 def _read_base(target: str, base_name: str, revision: str | None = None) -> Base:
+    # A quantised model that is asked itself answers as it is stored; a GGUF file only in 16 bits.
+    itself = base_name == target and not is_gguf(Path(target).expanduser())
     try:
-        return read_base(base_name, revision=revision)
+        return read_base(base_name, revision=revision, as_stored=itself)
     except UserError as error:
         its = "" if base_name == target else f"its base {base_name} cannot be read: "
         raise UserError(Problem(target, its + problem.message) for problem in error.problems) from error
@@ -298,7 +303,7 @@ def _declared_stops(folder: Path, base: Base) -> tuple[int, ...]:
     return (base.token_id(base.eos_token),) if base.eos_token else ()
 
 
-def _closing_token(template: Template, base: Base) -> tuple[int, ...]:
+def closing_token(template: Template, base: Base) -> tuple[int, ...]:
     """The special token a template ends an answer with: what a model that was trained on it stops on."""
     encoder = Encoder(base)
     try:

@@ -384,8 +384,24 @@ def with_call(made: Any) -> dict:
     return messages(user(), calls(made), tool(), assistant())
 
 
+PART = "messages[0].content[0]"
 CALL_FIELD = "messages[1].tool_calls[0]"
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 BAD_ROWS: list[tuple[str, dict, str, str, str]] = [
+    ("messages", messages(user("What?"), assistant(), images=["fox.png"]), "has_media", "images", "a list of 1"),
+    (
+        "sharegpt",
+        sharegpt({"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Ho."}, image="fox.png"),
+        "has_media",
+        "image",
+        "got 'fox.png'",
+    ),
+    ("alpaca", {"instruction": "a", "output": "b", "videos": ["c.mp4"]}, "has_media", "videos", "only text"),
+    ("text", {"text": "a fox", "image": {"bytes": "AA=="}}, "has_media", "image", "an object of bytes"),
+    ("messages", messages(user([PICTURE]), assistant()), "has_media", "messages[0].content[0].type", "got 'image_url'"),
+    ("messages", messages(user("<image>\nWhat?"), assistant()), "has_media", "messages[0].content", "got '<image>'"),
+    ("messages", messages(user([{"type": "refusal"}]), assistant()), "wrong_type", f"{PART}.type", "got 'refusal'"),
+    ("messages", messages(user("<|image|>What?"), assistant()), "has_media", "messages[0].content", "data.drop"),
     ("alpaca", {"instruction": 3, "output": "b"}, "wrong_type", "instruction", "got 3"),
     ("alpaca", {"instruction": "a", "output": None}, "wrong_type", "output", "got null"),
     ("alpaca", {"instruction": "a", "output": ["b"]}, "wrong_type", "output", "a list of 1"),
@@ -444,7 +460,7 @@ BAD_ROWS: list[tuple[str, dict, str, str, str]] = [
     (
         "messages",
         messages(user([{"type": "image"}]), assistant()),
-        "wrong_type",
+        "has_media",
         "messages[0].content[0].type",
         "image",
     ),
@@ -768,3 +784,17 @@ def test_any_value_in_any_place_never_raises(place: tuple[int, tuple], value: An
 @given(st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=3), anything, max_size=5))
 def test_any_row_never_raises(values: dict) -> None:
     check_never_raises(values)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        messages(user(), assistant(), images=[], image=None, audio=""),
+        messages(user("Close this tag:\n<image>\n<url>fox.png</url>\n</image>"), assistant()),
+        messages(user(), assistant("Write it as\n<image>")),
+        messages(user("What does <image> mean here?"), assistant()),
+    ],
+)
+def test_a_row_without_an_image_is_none_of_those(row: dict) -> None:
+    """An empty column, markup, and an answer that speaks of the placeholder."""
+    assert not isinstance(read_conversation(Row(row, "rows.jsonl", 1), format="messages", system=None), Refusal)

@@ -37,7 +37,7 @@ from finetune.release.measure import (
     rms_difference,
 )
 from finetune.release.weights import read_tensors
-from finetune.train.trainer import mean_loss
+from finetune.train.held_out import mean_loss
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 99}
 SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 128}

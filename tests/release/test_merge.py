@@ -30,7 +30,7 @@ from finetune.release.proof import prove
 from finetune.release.source import read_source
 from finetune.release.verify import verify, verify_text
 from finetune.release.weights import plan_shards, read_tensors, write_shards
-from finetune.train.trainer import mean_loss
+from finetune.train.held_out import mean_loss
 from tests.release.runs import copy_release, random_run
 
 

@@ -170,10 +170,10 @@ def ask_at(module, name, call, ask):
 TORCH, PYTHON = "lambda: torch.ones(2**31)", "lambda: bytearray(2**33)"
 STAGES = {
     "loading the base": ("finetune.model.load AutoModelForCausalLM.from_pretrained 1", TORCH),
-    "forward and backward": ("finetune.train.trainer stretch_losses_S 2", TORCH),
-    "optimizer": ("torch.optim AdamW.step 2", TORCH),
-    "evaluation": ("finetune.train.trainer sum_losses 1", TORCH),
-    "saving a checkpoint": ("finetune.train.trainer save_state 2", PYTHON),
+    "forward and backward": ("finetune.train.trainer stretch_losses_S 3", TORCH),
+    "optimizer": ("torch.optim AdamW.step 3", TORCH),
+    "evaluation": ("finetune.train.held_out sum_losses 1", TORCH),
+    "saving a checkpoint": ("finetune.train.trainer save_state 3", PYTHON),
 }
 
 
@@ -187,9 +187,8 @@ def test_out_of_memory_names_stage_bytes_and_keys(
     assert STAGES.keys() == CURES.keys()
     place, ask = STAGES[stage]
     module, name, call = place.split(" ")
-    recipe = write_recipe(
-        tmp_path, tiny_base, alpaca_rows(8), output__save_every_steps=1, data__eval=2, evaluate__every_steps=2
-    )
+    settings = {"output__save_every_steps": 1, "data__eval": 2, "evaluate__every_steps": 2, "train__recompute": "none"}
+    recipe = write_recipe(tmp_path, tiny_base, alpaca_rows(8), train__tokens_per_pass=512, **settings)
     ended = nursery.train(recipe, "--json", hook=f"{OUT_OF_MEMORY}\nask_at({module!r}, {name!r}, {call}, {ask})\n")
     assert ended.code == 5, ended.err
     assert "Traceback" not in ended.err

@@ -54,7 +54,7 @@ def test_of_several_starts_one_trains(nursery: Nursery, tiny_base: Path, tmp_pat
 
 def test_a_killed_run_blocks_nobody(nursery: Nursery, tiny_base: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_base, alpaca_rows(8), train__max_steps=2)
-    for place in ("finetune.artifact write_json 1", "finetune.artifact write_json 2", "torch.optim AdamW.step 1"):
+    for place in ("finetune.artifact write_json 1", "finetune.artifact write_json 2", "torch.optim AdamW.step 2"):
         run = tmp_path / place.replace(" ", "-")
         assert nursery.train(recipe, "--out", run, hook=kill_at(place, signal.SIGKILL)).code == -signal.SIGKILL
         assert json.loads((run / ".running").read_text())["host"] == socket.gethostname()

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from finetune.errors import UserError
 from finetune.resolve import resolve
 from finetune.run import run
-from finetune.train.trainer import StepTrainer, sum_losses
+from finetune.train.held_out import sum_losses
+from finetune.train.trainer import StepTrainer
 from finetune.train.watch import read_metrics
 from finetune.use.target import load_target
 from tests.conftest import CHECKOUT, alpaca_rows, write_recipe
@@ -146,4 +147,4 @@ def test_every_module_is_in_training_mode_while_it_trains(
     monkeypatch.setattr(StepTrainer, "_accumulate_gradients", watched)
     options = {"train__max_steps": 3, "data__eval": 2, "evaluate__every_steps": 1}
     run(write_recipe(tmp_path, tiny_base, alpaca_rows(8), **options))
-    assert modes == [{True}] * 3
+    assert modes == [{True}] * (1 + 3)  # one is tried before the first step

@@ -80,7 +80,7 @@ def test_one_signalled_rank_stops_both_at_the_same_step(
     """With dropout, so that a resumed rank needs its own random numbers; bit for bit the undisturbed two."""
     recipe = write_recipe(tmp_path, tiny_base, alpaca_rows(14), **OPTIONS, adapter__dropout=0.1)
     run, straight = tmp_path / "run", tmp_path / "straight"
-    hooks = {signalled: kill_at("torch.optim AdamW.step 3", signal.SIGTERM)}
+    hooks = {signalled: kill_at("torch.optim AdamW.step 4", signal.SIGTERM)}
     ended = nursery.train_ranks(2, recipe, "--out", run, hooks=hooks)
     assert [each.code for each in ended] == [143, 143]
     assert json.loads((run / "exit.json").read_text()) == {"0": 143, "1": 143}
@@ -99,7 +99,7 @@ def test_one_signalled_rank_stops_both_at_the_same_step(
 @pytest.mark.soak
 def test_another_number_of_ranks_is_refused_unless_it_is_allowed(pair: Pair, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    hook = kill_at("torch.optim AdamW.step 3", signal.SIGTERM)
+    hook = kill_at("torch.optim AdamW.step 4", signal.SIGTERM)
     assert {each.code for each in pair.nursery.train_ranks(2, pair.recipe, "--out", run, hooks={0: hook})} == {143}
     refused = pair.nursery.train(pair.recipe, "--out", run, "--resume")
     assert refused.code == 2
@@ -139,8 +139,12 @@ def test_a_nan_on_one_rank_stops_both_before_the_update(pair: Pair, tmp_path: Pa
 
 NO_ROOM = """
 import errno, finetune.train.trainer as file
+save, calls = file.save_state, []
 def full(*args, **kwargs):
-    raise OSError(errno.ENOSPC, "No space left on device")
+    calls.append(1)
+    if len(calls) > 1:  # the first is a trial's, before the first step
+        raise OSError(errno.ENOSPC, "No space left on device")
+    save(*args, **kwargs)
 file.save_state = full
 """
 
@@ -154,9 +158,10 @@ def test_failed_saves_of_the_first_rank_end_both(pair: Pair, tmp_path: Path) -> 
 
 
 def test_a_rank_that_dies_does_not_leave_the_other_waiting(pair: Pair, tmp_path: Path) -> None:
-    hook = kill_at("torch.optim AdamW.step 3", signal.SIGKILL)
+    hook = kill_at("torch.optim AdamW.step 4", signal.SIGKILL)
     ended = pair.nursery.train_ranks(2, pair.recipe, "--out", tmp_path / "run", hooks={1: hook})
     assert [each.code for each in ended] == [7, -signal.SIGKILL]
+    assert json.loads((tmp_path / "run" / "exit.json").read_text()) == {"0": 7, "1": None}
     assert "another rank is gone" in ended[0].err
     assert "Traceback" not in ended[0].err
 

@@ -40,6 +40,7 @@ def stopped(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     unfinish(folder / "run")
     (folder / "more.jsonl").write_bytes((folder / "rows.jsonl").read_bytes())
     shutil.copytree(tiny_base, folder / "other-base")
+    (folder / "prompts.txt").write_text("Where is the fox?\n")
     return recipe
 
 
@@ -104,9 +105,12 @@ OTHER_VALUES: dict[str, Any] = {
     "train.weight_decay": 0.1,
     "train.max_grad_norm": 0.5,
     "evaluate.every_steps": 3,
+    "evaluate.prompts": "{folder}/prompts.txt",
+    "evaluate.patience": 3,
     "output.folder": "{folder}/elsewhere",
     "output.save_every_steps": 1,
     "output.keep_checkpoints": 1,
+    "output.keep_best": True,
     "output.log_to": ["tensorboard"],
 }
 ONE_VALUE_ONLY = {"version", "train.objective", "adapter.block_size"}  # the last is oft's alone

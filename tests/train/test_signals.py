@@ -103,16 +103,18 @@ def test_where_nothing_is_to_be_saved_the_end_comes_at_once(straight: Straight, 
         straight.assert_resumes_to_the_same(tmp_path / "run")
 
 
-# In training: a checkpoint at the next boundary, which for an evaluation and a save is the one they stand at.
+# In training: a checkpoint at the next boundary, which for an evaluation and a save is the one they stand at. Each of
+# these functions is called once before the first step, when one is tried (finetune/train/trial.py).
 IN_TRAINING = {
-    "a pass": ("finetune.train.trainer stretch_losses_S 3", signal.SIGINT, 3),
-    "the first step": ("finetune.train.trainer lay_end_to_end 1", signal.SIGTERM, 1),
-    "the optimizer": ("torch.optim AdamW.step 2", signal.SIGUSR1, 2),
-    "an evaluation": ("finetune.train.trainer sum_losses 1", signal.SIGHUP, 4),
-    "a save": ("finetune.train.trainer save_state 1", signal.SIGTERM, 4),
-    "the last step": ("torch.optim AdamW.step 6", signal.SIGTERM, 6),
-    "the last save": ("finetune.train.trainer save_state 2", signal.SIGINT, 6),
-    "the evaluation of the last step": ("finetune.train.trainer sum_losses 2", signal.SIGTERM, 6),
+    "a pass": ("finetune.train.trainer stretch_losses_S 4", signal.SIGINT, 3),
+    "the trial": ("finetune.train.trainer lay_end_to_end 1", signal.SIGTERM, 1),
+    "the first step": ("finetune.train.trainer lay_end_to_end 2", signal.SIGTERM, 1),
+    "the optimizer": ("torch.optim AdamW.step 3", signal.SIGUSR1, 2),
+    "an evaluation": ("finetune.train.held_out sum_losses 1", signal.SIGHUP, 4),
+    "a save": ("finetune.train.trainer save_state 2", signal.SIGTERM, 4),
+    "the last step": ("torch.optim AdamW.step 7", signal.SIGTERM, 6),
+    "the last save": ("finetune.train.trainer save_state 3", signal.SIGINT, 6),
+    "the evaluation of the last step": ("finetune.train.held_out sum_losses 2", signal.SIGTERM, 6),
 }
 
 
@@ -135,8 +137,8 @@ def test_in_training_a_checkpoint_is_saved_first(straight: Straight, tmp_path: P
 def test_a_second_signal_ends_at_once(straight: Straight, tmp_path: Path) -> None:
     """The first comes in step 5, the second while its checkpoint is written; that of step 4 is whole."""
     run = tmp_path / "run"
-    hook = kill_at("torch.optim AdamW.step 5", signal.SIGTERM)
-    hook += kill_at("finetune.train.trainer save_state 2", signal.SIGINT)
+    hook = kill_at("torch.optim AdamW.step 6", signal.SIGTERM)
+    hook += kill_at("finetune.train.trainer save_state 3", signal.SIGINT)
     ended = straight.nursery.train(straight.recipe, "--out", run, hook=hook)
     assert ended.code == 128 + signal.SIGTERM
     assert "Traceback" not in ended.err
@@ -156,7 +158,7 @@ def test_a_signal_that_is_ignored_stays_ignored(straight: Straight, tmp_path: Pa
 @pytest.mark.soak
 def test_a_killed_run_resumes_to_the_same(straight: Straight, tmp_path: Path) -> None:
     for place in (
-        "torch.optim AdamW.step 5",
+        "torch.optim AdamW.step 6",
         "finetune.train.checkpoints _seal 2",
         "finetune.train.train draw_loss_curve 1",
     ):

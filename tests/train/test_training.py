@@ -19,8 +19,9 @@ from finetune.model.load import load_base, load_tokenizer
 from finetune.resolve import Resolved, resolve
 from finetune.run import run
 from finetune.train import trainer as trainer_file
+from finetune.train.held_out import sum_losses
 from finetune.train.loss import lay_end_to_end, stretch_losses_S
-from finetune.train.trainer import make_trainer, sum_losses
+from finetune.train.trainer import make_trainer
 from finetune.train.watch import read_metrics
 from tests.conftest import alpaca_rows, write_recipe
 
@@ -186,11 +187,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(
     path = write_recipe(tmp_path, tiny_base, alpaca_rows(8), train__max_steps=4)
     calls = []
 
-    def broken_at_third(model: torch.nn.Module, stretch: object) -> torch.Tensor:
+    def broken_at_step_3(model: torch.nn.Module, stretch: object) -> torch.Tensor:
         calls.append(1)
-        return stretch_losses_S(model, stretch) * (float("nan") if len(calls) == 3 else 1.0)
+        return stretch_losses_S(model, stretch) * (float("nan") if len(calls) == 1 + 3 else 1.0)  # one is tried first
 
-    monkeypatch.setattr(trainer_file, "stretch_losses_S", broken_at_third)
+    monkeypatch.setattr(trainer_file, "stretch_losses_S", broken_at_step_3)
     with pytest.raises(NumericsError) as caught:
         run(path)
     assert caught.value.code == 4

@@ -199,3 +199,131 @@ void cross_entropy(void *x, const size *targets, const float *weights, float *lo
         else BOTH(cross_entropy_row, y, targets[row], weight, losses + row, width, scale, cap, 0);
     }
 }
+
+/* Thin products, for a LoRA: x [rows, width] bfloat16 by m [width, rank] float32 of any strides, times `scale` and
+   rounded to bfloat16; sums are float32. The narrow tensor t is [rows, rank]; while it is worked on, the rank is filled
+   up with zeros to `deep`. Two neighbours along the summed axis lie in a word of 32 bits, as the instruction takes them. */
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+const int thin_products = 1;
+
+typedef struct { const float *m; size along_width, along_rank, width, rank; float scale; } Thin;
+#define SUM(sum, a, b) sum = _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
+#define EACH(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < (count); i++)
+#define LINES 8  /* rows of x at a time */
+#define BAND 16  /* rows summed at a time in the gradient */
+#define CHUNK 128 /* columns of the gradient at a time: their sums stay near */
+#define DEEPEST 256
+
+INLINE size filled(size rank) { return (rank + 15) / 16 * 16; }
+INLINE uint32_t thin_at(Thin m, size column, size rank) {
+    uint16_t half = 0;
+    if (rank < m.rank) put(&half, 0, m.m[column * m.along_width + rank * m.along_rank] * m.scale, 1);
+    return half;
+}
+INLINE __m512 widened(const uint16_t *from) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from)), 16));
+}
+INLINE __m512i word_of(const uint16_t *from) { int32_t w; memcpy(&w, from, 4); return _mm512_set1_epi32(w); }
+
+/* t = x m */
+void thin_product(const uint16_t *x, Thin m, uint32_t *pairs, uint16_t *t, size rows, int threads) {
+    size deep = filled(m.rank);
+    for (size k = 0; k < m.width; k += 2)
+        for (size r = 0; r < deep; r++) pairs[k / 2 * deep + r] = thin_at(m, k, r) | thin_at(m, k + 1, r) << 16;
+    size total = rows * m.width;
+    FOR_ROWS((rows + LINES - 1) / LINES) for (size rank = 0; rank < deep; rank += 16) {
+        const uint16_t *line[LINES];
+        __m512 even[LINES], odd[LINES];
+        __mmask16 some = m.rank - rank < 16 ? (1u << (m.rank - rank)) - 1 : 0xffffu;
+        EACH(i, LINES) {
+            line[i] = x + (row * LINES + i < rows ? row * LINES + i : rows - 1) * m.width;
+            even[i] = odd[i] = _mm512_setzero_ps();
+        }
+        for (size k = 0; k < m.width; k += 4) {
+            __m512i first = _mm512_loadu_si512(pairs + k / 2 * deep + rank);
+            __m512i second = _mm512_loadu_si512(pairs + (k / 2 + 1) * deep + rank);
+            EACH(i, LINES) SUM(even[i], word_of(line[i] + k), first);
+            EACH(i, LINES) SUM(odd[i], word_of(line[i] + k + 2), second);
+        }
+        for (int i = 0; i < LINES && row * LINES + i < rows; i++)
+            _mm256_mask_storeu_epi16(t + (row * LINES + i) * m.rank + rank, some,
+                                     (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(even[i], odd[i])));
+    }
+}
+
+/* y += t m^T */
+void thin_addition(uint16_t *y, Thin m, uint32_t *pairs, const uint16_t *t, size rows, int threads) {
+    size deep = filled(m.rank);
+    for (size r = 0; r < deep; r += 2)
+        for (size c = 0; c < m.width; c++) pairs[r / 2 * m.width + c] = thin_at(m, c, r) | thin_at(m, c, r + 1) << 16;
+    size total = rows * m.width;
+    FOR_ROWS((rows + LINES - 1) / LINES) {
+        size lines = rows - row * LINES < LINES ? rows - row * LINES : LINES;
+        uint16_t narrow[LINES * DEEPEST] = {0}, *line[LINES];
+        EACH(i, LINES) line[i] = y + (row * LINES + (i < lines ? i : lines - 1)) * m.width; /* the last again */
+        for (int i = 0; i < LINES; i++)
+            memcpy(narrow + i * deep, t + (row * LINES + (i < lines ? i : lines - 1)) * m.rank, m.rank * 2);
+        for (size column = 0; column < m.width; column += 32) {
+            __m512 low[LINES], high[LINES];
+            EACH(i, LINES) {
+                low[i] = widened(line[i] + column);
+                high[i] = widened(line[i] + column + 16);
+            }
+            for (size r = 0; r < deep; r += 2) {
+                __m512i first = _mm512_loadu_si512(pairs + r / 2 * m.width + column);
+                __m512i second = _mm512_loadu_si512(pairs + r / 2 * m.width + column + 16);
+                EACH(i, LINES) {
+                    __m512i both = word_of(narrow + i * deep + r);
+                    SUM(low[i], both, first);
+                    SUM(high[i], both, second);
+                }
+            }
+            EACH(i, LINES) _mm512_storeu_si512(line[i] + column, (__m512i)_mm512_cvtne2ps_pbh(high[i], low[i]));
+        }
+    }
+}
+
+/* m = scale d^T t, where m is written; t's words come in `pairs`. */
+void thin_gradient(const uint16_t *d, Thin m, uint32_t *pairs, const uint16_t *t, size rows, int threads) {
+    size bands = (rows + BAND - 1) / BAND, total = rows * m.width;
+    for (size k = 0; k < bands * BAND; k += 2)
+        for (size r = 0; r < m.rank; r++)
+            pairs[k / 2 * m.rank + r] =
+                (k < rows ? t[k * m.rank + r] : 0u) | (k + 1 < rows ? (uint32_t)t[(k + 1) * m.rank + r] : 0u) << 16;
+    FOR_ROWS((m.width + CHUNK - 1) / CHUNK) {
+        size begin = row * CHUNK, columns = m.width - begin < CHUNK ? m.width - begin : CHUNK;
+        float sums[DEEPEST * CHUNK] __attribute__((aligned(64)));
+        memset(sums, 0, m.rank * CHUNK * sizeof(float));
+        for (size band = 0; band < bands; band++) for (size column = 0; column < columns; column += 32) {
+            __m512i low[BAND / 2], high[BAND / 2]; /* columns 0-3, 8-11, 16-19, 24-27 of both rows; and the others */
+            EACH(i, BAND / 2) {
+                size k = band * BAND + 2 * i;
+                const uint16_t *pair = d + k * m.width + begin + column;
+                __m512i one = k < rows ? _mm512_loadu_si512(pair) : _mm512_setzero_si512();
+                __m512i two = k + 1 < rows ? _mm512_loadu_si512(pair + m.width) : _mm512_setzero_si512();
+                low[i] = _mm512_unpacklo_epi16(one, two);
+                high[i] = _mm512_unpackhi_epi16(one, two);
+            }
+            for (size r = 0; r < m.rank; r++) {
+                float *sum = sums + r * CHUNK + column;
+                const uint32_t *word = pairs + band * BAND / 2 * m.rank + r;
+                __m512 lows = _mm512_load_ps(sum), highs = _mm512_load_ps(sum + 16);
+                EACH(i, BAND / 2) {
+                    __m512i both = _mm512_set1_epi32((int)word[i * m.rank]);
+                    SUM(lows, low[i], both);
+                    SUM(highs, high[i], both);
+                }
+                _mm512_store_ps(sum, lows);
+                _mm512_store_ps(sum + 16, highs);
+            }
+        }
+        for (size r = 0; r < m.rank; r++) for (size c = 0; c < columns; c++) {
+            size place = c / 32 * 32 + (c & 4) * 4 + c % 32 / 8 * 4 + c % 4;
+            ((float *)m.m)[(begin + c) * m.along_width + r * m.along_rank] = m.scale * sums[r * CHUNK + place];
+        }
+    }
+}
+#else
+const int thin_products = 0;
+#endif

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,7 +14,7 @@ from finetune.model.fast.native import Unavailable, load_library
 
 # R = rows, N = numbers of a row, T = tokens, H = heads, D = head size, P = positions, V = vocabulary
 
-# Arguments of kernels.c: p a pointer, n an int64 size, f a float, i an int; all return nothing.
+# Arguments of kernels.c: p a pointer, n an int64 size, f a float, i an int, t a Thin; all return nothing.
 _SIGNATURES = {
     "rms_norm": "ppppnnfii",
     "rms_norm_gradient": "pppppnnii",
@@ -22,7 +23,20 @@ _SIGNATURES = {
     "gated_gradient": "pppppniii",
     "cross_entropy": "ppppnnffii",
 }
-_TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
+_THIN = dict.fromkeys(("thin_product", "thin_addition", "thin_gradient"), "ptppni")
+
+
+class Thin(ctypes.Structure):
+    """A float32 matrix [width, rank] in any strides, and what it is multiplied by."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("along_width", "along_rank", "width", "rank")),
+        ("scale", ctypes.c_float),
+    )
+
+
+_TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int, "t": Thin}
 _STORED = {torch.bfloat16: 1, torch.float32: 0}
 
 
@@ -36,6 +50,7 @@ class Kernels:
 
     library: ctypes.CDLL | None = None
     reason: str = ""
+    thin: bool = False  # whether the library has a LoRA's products, for which the CPU has to multiply bfloat16
 
     def rms_norm(self, x_RN: torch.Tensor, weight_N: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
         """x / rms(x) * weight, and 1 / rms(x), float32 [R]; the weight is float32."""
@@ -164,11 +179,17 @@ def load_kernels() -> Kernels:
 
 def make_kernels(library: ctypes.CDLL) -> Kernels:
     """Kernels of a loaded library, its functions' arguments declared."""
-    for name, letters in _SIGNATURES.items():
+    _declare(library, _SIGNATURES)
+    has_thin = bool(ctypes.c_int.in_dll(library, "thin_products"))
+    _declare(library, _THIN if has_thin else {})
+    return Kernels(library, thin=has_thin)
+
+
+def _declare(library: ctypes.CDLL, signatures: Mapping[str, str]) -> None:
+    for name, letters in signatures.items():
         function = getattr(library, name)
         function.argtypes = [_TYPES[letter] for letter in letters]
         function.restype = None
-    return Kernels(library)
 
 
 def _dense(vector: torch.Tensor, length: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

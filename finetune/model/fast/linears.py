@@ -2,9 +2,10 @@
 
 y = x W^T + bias + s (x A^T) B^T. PEFT computes it with several more passes over tensors of y's size, one a clone, and
 bitsandbytes dequantises a 4-bit weight for each product. Here each linear is one autograd function that adds in
-place, saves x and the narrow x A^T for backward, and multiplies by weights dequantised once (weights.py). Only
-`forward` of the model's own modules is replaced: parameters, their names, and what PEFT does with them stay. Whatever
-PEFT is asked for beside one plain adapter goes to the library's own forward, call by call.
+place, saves x and the narrow x A^T for backward, and multiplies by weights dequantised once (weights.py), by A and B in
+products made for their shapes (thin.py). Only `forward` of the model's own modules is replaced: parameters, their
+names, and what PEFT does with them stay. Whatever PEFT is asked for beside one plain adapter goes to the library's own
+forward, call by call.
 
 q, k, v share x, and so do gate and up, yet nothing is computed for several at once: on the CPU measured, one product
 over joined weights is no faster than one each, and joining the A of q, k, v would save less than 1 % of their time.
@@ -22,6 +23,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.autograd.function import once_differentiable
 
+from finetune.model.fast import thin
 from finetune.model.fast.swapped import Swapped
 from finetune.model.fast.weights import FrozenWeight, bytes_to_keep, compute_dtype, freeze, is_4bit, why_not
 
@@ -157,9 +159,8 @@ class LoraProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         x_TI = _rows(x)
         y_TO = weight.forward(x_TI)
-        # The factors [I, R] and [R, O] in rows: thin products are a tenth faster by them.
-        t_TR = torch.mm(x_TI, a_RI.to(x.dtype).t().contiguous())
-        y_TO.addmm_(t_TR, _scaled_RO(b_OR, scale, x.dtype))
+        t_TR = thin.product(x_TI, a_RI.t())
+        thin.add_product_(y_TO, t_TR, b_OR, scale=scale)
         ctx.weight, ctx.scale = weight, scale
         _, learns_a, learns_b, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if learns_a else None, t_TR if learns_b else None, a_RI, b_OR)
@@ -173,14 +174,13 @@ class LoraProduct(torch.autograd.Function):
         dx = da_RI = db_OR = None
         dy_TO = _rows(dy)
         if learns_b:
-            db_RO = torch.mm(t_TR.t(), dy_TO).to(b_OR.dtype).mul_(ctx.scale)
-            db_OR = db_RO.t().contiguous()
+            db_OR = thin.gradient(dy_TO, t_TR, b_OR, scale=ctx.scale)
         if learns_a or learns_x:
-            dt_TR = torch.mm(dy_TO, _scaled_RO(b_OR, ctx.scale, dy.dtype).t())
+            dt_TR = thin.product(dy_TO, b_OR, scale=ctx.scale)
         if learns_a:
-            da_RI = torch.mm(dt_TR.t(), _rows(x)).to(a_RI.dtype)
+            da_RI = thin.gradient(_rows(x), dt_TR, a_RI.t()).t()
         if learns_x:
-            dx = ctx.weight.backward(dy_TO).addmm_(dt_TR, a_RI.to(dy.dtype)).view(*dy.shape[:-1], -1)
+            dx = thin.add_product_(ctx.weight.backward(dy_TO), dt_TR, a_RI.t()).view(*dy.shape[:-1], -1)
         return dx, da_RI, db_OR, None, None
 
 
@@ -201,11 +201,6 @@ def _sorted_out(model: torch.nn.Module) -> tuple[dict[str, tuple[Any, Any]], dic
         if is_4bit(module) and module not in taken and "forward" not in vars(module) and why_not(module) is None:
             ours[name] = (module, module)
     return ours, left
-
-
-def _scaled_RO(b_OR: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """s B^T, rounded once."""
-    return (b_OR * scale).to(dtype).t().contiguous()
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -55,12 +55,12 @@ def _yarn_fields(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str
             fields[f"rope.scaling.{name}"] = float(rope[key])
     attention = rope.get("attention_factor")
     if attention is None and rope.get("mscale") and rope.get("mscale_all_dim"):
-        attention = _yarn_scale(rope, rope["mscale"]) / _yarn_scale(rope, rope["mscale_all_dim"])
+        attention = yarn_scale(rope, rope["mscale"]) / yarn_scale(rope, rope["mscale_all_dim"])
     if attention is not None:  # llama.cpp multiplies it with its own default
-        fields["rope.scaling.attn_factor"] = float(attention) / _yarn_scale(rope, 1.0)
+        fields["rope.scaling.attn_factor"] = float(attention) / yarn_scale(rope, 1.0)
     return fields
 
 
-def _yarn_scale(rope: Mapping[str, Any], weight: float) -> float:
+def yarn_scale(rope: Mapping[str, Any], weight: float) -> float:
     """What yarn multiplies queries and keys with (arXiv:2309.00071, section 3.4)."""
     return 1 + 0.1 * weight * math.log(rope["factor"]) if rope["factor"] > 1 else 1.0
