@@ -147,7 +147,7 @@ def dequantize_like_base(weight: torch.Tensor, *, quantization: str, dtype: torc
     import bitsandbytes.functional as bnb
 
     if quantization == "int8":
-        quantized, scale, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
+        quantized, scale, _ = bnb.int8_vectorwise_quant(weight.to(dtype).to(torch.float16))
         return bnb.int8_vectorwise_dequant(quantized, scale).to(dtype)
     packed, state = bnb.quantize_4bit(
         weight.to(dtype).contiguous(), blocksize=BLOCK_SIZE, compress_statistics=True, quant_type=quantization

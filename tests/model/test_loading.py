@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import finetune.model.quantised_cache as cache
@@ -17,7 +19,7 @@ from finetune import weight_hashes
 from finetune.families import VISION
 from finetune.model.adapter import attach_adapter
 from finetune.model.experts import ExpertsConfig, ExpertsIn4Bit, experts_to_quantize
-from finetune.model.load import load_base
+from finetune.model.load import dequantize_like_base, load_base
 from finetune.plan import ModelPlan
 from finetune.resolve import resolve
 from tests.conftest import alpaca_rows, make_tiny_base, write_recipe
@@ -174,6 +176,27 @@ def test_in_8_bits_it_is_the_model_of_transformers(bases: Any, own_cache: Path) 
     plan = plan_of(bases("untied"), "int8", "float32")
     assert_same(load_base(plan, keep=True), by_transformers(plan))
     assert not own_cache.exists()  # only what is slow to quantise is kept
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize(
+    ("stored", "computes"), [("float16", "bfloat16"), ("float32", "bfloat16"), ("bfloat16", "float32")]
+)
+def test_a_stored_weight_becomes_the_values_that_the_loaded_base_has(
+    tmp_path: Path, stored: str, computes: str, quantization: str
+) -> None:
+    """What a merge onto dequantised weights starts from; oracle: the loaded module, asked for its own values."""
+    base = make_tiny_base(tmp_path / "base", dtype=stored)
+    name, dtype = "model.layers.1.mlp.down_proj", getattr(torch, computes)
+    held = load_base(plan_of(base, quantization, computes)).get_submodule(name).weight
+    assert isinstance(held, torch.nn.Parameter)
+    if quantization == "int8":
+        values = int8_vectorwise_dequant(held.CB, held.SCB)  # type: ignore[attr-defined]
+    else:
+        values = dequantize_4bit(held.data, held.quant_state)  # type: ignore[attr-defined]
+    weight = load_file(base / "model.safetensors")[f"{name}.weight"]
+    found = dequantize_like_base(weight, quantization=quantization, dtype=dtype)
+    assert torch.equal(found, values.to(dtype))
 
 
 def test_of_the_files_one_tensor_is_in_memory(bases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
