@@ -143,12 +143,16 @@ def keep_4bit_weights_unpacked(model: torch.nn.Module) -> None:
 
 
 def dequantize_like_base(weight: torch.Tensor, *, quantization: str, dtype: torch.dtype) -> torch.Tensor:
-    """The values a stored weight [out, in] has after quantisation as load_base does it, in `dtype`."""
+    """The values of a stored weight [out, in] once load_base has quantised it for a run that computes in `dtype`.
+
+    In `dtype` from 4 bits; in float32 from 8, whose products are scaled after they are summed (bitsandbytes,
+    int8_mixed_scaled_mm).
+    """
     import bitsandbytes.functional as bnb
 
     if quantization == "int8":
         quantized, scale, _ = bnb.int8_vectorwise_quant(weight.to(dtype).to(torch.float16))
-        return bnb.int8_vectorwise_dequant(quantized, scale).to(dtype)
+        return bnb.int8_vectorwise_dequant(quantized, scale)
     packed, state = bnb.quantize_4bit(
         weight.to(dtype).contiguous(), blocksize=BLOCK_SIZE, compress_statistics=True, quant_type=quantization
     )

@@ -30,8 +30,9 @@ WHOLE = {
         {"dtype": "float32", "model__quantization": "none", "adapter__targets": ["q_proj", "down_proj"]},
         "original",
     ),
-    "two targets of an 8-bit base": (
-        {"dtype": "bfloat16", "model__quantization": "int8", "adapter__targets": ["q_proj", "down_proj"]},
+    "two targets of an 8-bit base, stored in float16, computed in bfloat16": (
+        {"dtype": "float16", "model__dtype": "bfloat16", "model__quantization": "int8"}
+        | {"adapter__targets": ["q_proj", "down_proj"]},
         "dequantized",
     ),
     "two targets, computed in bfloat16": (
