@@ -28,7 +28,7 @@ from finetune.model.adapter import adapted_modules, base_alone
 from finetune.train.held_out import sum_losses
 from finetune.train.optimizer import forget_gradients
 from finetune.train.state import random_state_bytes
-from finetune.train.step_again import random_state, set_random_state
+from finetune.train.step_again import free_memory, random_state, set_random_state
 from finetune.train.trainer import PASSES, StepTrainer
 
 # First loss to the base's, nats per token: rounding only. A wrong start is off by tenths.
@@ -110,6 +110,8 @@ def taken_back(trainer: StepTrainer) -> Iterator[None]:
         if scaler:
             scaler.load_state_dict(scale)
         set_random_state(trainer.args.device, random_numbers)
+        free_memory(trainer.args.device)  # of states and files, whose holes would lie between the passes' tensors
+        trainer.settled_gib = 0.0
         trainer.stage = PASSES
 
 
