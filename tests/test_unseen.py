@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ from finetune.planned import plan_values
 from finetune.recipe import load_recipe
 from finetune.shipped import ShippedRecipe, list_recipes
 from finetune.unseen import linears, table_facts
-from tests.conftest import POCKET, alpaca_rows, write_recipe
+from tests.conftest import CHECKOUT, POCKET, alpaca_rows, write_recipe
 from tests.test_families import CONFIGS
 
 LLAMA = "meta-llama/Llama-3.1-8B"
@@ -130,3 +134,26 @@ def test_every_shipped_recipe_can_be_planned_on_a_laptop(tmp_path: Path, recipe:
     assert values["steps"] >= 1
     assert values["trainable_parameters"] > 0
     assert values["base_parameters"] > 1_000_000
+
+
+def test_a_hub_that_nobody_answers_at_is_no_reason_not_to_plan(tmp_path: Path) -> None:
+    """A port that is closed stands for the hub; nothing says that the network is off. A name that is none is told."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "PYTHONPATH": str(CHECKOUT)}
+
+    def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "finetune", "plan", *arguments, "--json"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+    recipe = next(each for each in list_recipes() if each.name == "llama/llama3.1-8b")
+    planned = plan(str(recipe.path))
+    assert planned.returncode == 0, planned.stdout
+    answer = json.loads(planned.stdout)
+    assert answer["examples"] == 51_760
+    assert any("the rows are not on this machine" in assumed for assumed in answer["assumptions"])
+    refused = plan(str(recipe.path), "--set", "data.train=hub:a/b/c/d")
+    assert refused.returncode == 2
+    assert "is no name of a data set" in refused.stdout

@@ -43,12 +43,10 @@ def hub_files(source: str) -> tuple[tuple[str, Path], ...]:
 
 def can_be_had(source: str) -> bool:
     """Whether a source's files are here or can be downloaded now; True also for a name that is none, which is told."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     try:
         return bool(hub_files(source))
     except UserError as error:
-        return not isinstance(error.__cause__, LocalEntryNotFoundError)
+        return not _is_out_of_reach(error.__cause__)
 
 
 def _is_data(path: str) -> bool:
@@ -74,7 +72,7 @@ def _of_split(source: str, paths: Sequence[str], split: str | None) -> Sequence[
 
 def _download(source: str, name: str) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     by_hand = f"run `hf download {name} --repo-type dataset` where there is a network, or name a folder that holds it"
     try:
@@ -90,12 +88,21 @@ def _download(source: str, name: str) -> Path:
         )
     except HFValidationError as error:
         raise _problem(source, "is no name of a data set; write hub:OWNER/NAME or hub:OWNER/NAME:SPLIT") from error
-    except LocalEntryNotFoundError as error:
-        why = "the network is switched off (--offline)" if is_offline() else "the hub cannot be reached"
-        raise _problem(source, f"not in the hub cache, and {why}; {by_hand}") from error
     except (OSError, HfHubHTTPError) as error:
+        if _is_out_of_reach(error):
+            why = "the network is switched off (--offline)" if is_offline() else "the hub cannot be reached"
+            raise _problem(source, f"not in the hub cache, and {why}; {by_hand}") from error
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise _problem(source, f"cannot be downloaded ({reason}); correct the name, or {by_hand}") from error
+
+
+def _is_out_of_reach(error: BaseException | None) -> bool:
+    """Whether nobody answered; a hub that refuses a name answers with an HTTP error."""
+    from huggingface_hub.errors import DryRunError, HfHubHTTPError, LocalEntryNotFoundError
+
+    if isinstance(error, DryRunError):  # of whatever went wrong (huggingface_hub/_snapshot_download.py)
+        return not isinstance(error.__cause__, HfHubHTTPError)
+    return isinstance(error, LocalEntryNotFoundError)
 
 
 def _problem(source: str, message: str) -> UserError:
