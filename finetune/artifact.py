@@ -56,7 +56,11 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        return (self.path / "result.json").is_file()
+        """Whether it has a result; one that a disk has spoilt is written again by the run that goes on."""
+        try:
+            return "steps" in self.result
+        except (OSError, ValueError):
+            return False
 
     @property
     def plan(self) -> dict[str, Any]:

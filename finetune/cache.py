@@ -14,8 +14,7 @@ from finetune.machine import cache_folder
 KINDS = {
     "4bit": "bases quantised to 4 bits, by the content of their weights and all that quantises them",
     "bases": "weights that were read and hold neither NaN nor infinity, by file, size and time of change",
-    "contents": "sha256 of the files of quantised bases, by path, size and time of change",
-    "hashes": "sha256 of weight files, by path, size and times of change",
+    "hashes": "sha256 of weight files, and of all files of quantised bases, by path, size and times of change",
     "kernels": "compiled code of this machine, by source, compiler and processor",
     "rehearsals": "proofs of small twins, by base, tokenizer, template, recipe and code",
     "tokens": "labelled rows, by the content of the data and of all that labels it",

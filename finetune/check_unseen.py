@@ -38,13 +38,9 @@ def check_unseen(
     except UserError as error:
         return error.problems, left_out("it comes when the problems found before it are solved")
     notes = [
-        f"{model.id} is not on this machine: the twin has its published shape, transformers' defaults for the rest"
-    ]
-    notes += [
-        f"stand-ins: the tokenizer ({TOKENIZER}'s with the control tokens), and the base's own template if it has one"
-    ]
-    notes += [
-        f"not checked: the base's files, its tokenizer on your rows, labels; finetune fetch {model.id} brings them"
+        f"{model.id} is not on this machine: the twin has its published shape, transformers' defaults for the rest",
+        f"stand-ins: the tokenizer ({TOKENIZER}'s with the control tokens), and the base's own template if it has one",
+        f"not checked: the base's files, its tokenizer on your rows, labels; finetune fetch {model.id} brings them",
     ]
     if recipe.adapter.train_tokens:
         return (), left_out(f"adapter.train_tokens needs the base's own tokenizer; finetune fetch {model.id} brings it")

@@ -24,8 +24,9 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 RUNTIME_GIB = {"cpu": 0.49, "cuda": 1.2}  # the libraries, before a weight is loaded; a calibration measures it
 # What training adds: trainer and tokenizer, oneDNN's programs for the last passes' products, small objects' heap.
 TRAINER_GIB = {"cpu": 0.2, "cuda": 0.1}
-# Holes in C's heap, which nothing fits into until they are returned after the step: of what a pass keeps, where our own
-# functions compute and where PEFT's make copies; with recomputation, how many layers' tensors come and go beside it.
+# Holes in C's heap, which nothing fits into until they are returned (machine.py, settle_memory): of what a pass
+# keeps, where our own functions compute and where PEFT's make copies; with recomputation, how many layers' tensors come
+# and go beside it.
 HOLES, HOLES_OF_COPIES, HOLES_IN_LAYERS = 0.15, 0.9, 2.0
 CHUNK_BYTES = {"cpu": 36 * 2**20, "cuda": 2**29}  # of logits at a time (finetune/model/fast/head.py)
 GATHERED_LOGITS_BYTES = 12  # without: log-softmax and two gradients in float32, where backward begins

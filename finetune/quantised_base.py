@@ -12,13 +12,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import FinetuneError, OutOfMemoryError, Problem, StorageError, UserError
 from finetune.machine import cache_folder
 from finetune.trust import hand_over_to_child
+from finetune.weight_hashes import weight_sha256
 
 CONVERSION = 1  # raised when the same files would give other values: older folders are not used any more
 RECORD, TENSORS = ".unquantised.json", ".tensors.json"
@@ -78,7 +79,7 @@ def ordinary_folder(stored: Stored) -> Path:
         StorageError: a damaged file, or no room.
         OutOfMemoryError: the process that makes it was killed.
     """
-    hashes = _hashes(stored)
+    hashes = weight_sha256(stored.files)
     target = _root() / _digest([CONVERSION, hashes])
     if not (target / "config.json").is_file():
         sys.stderr.write(f"{stored.path}: stored as {stored.form}; made into 16-bit weights once, kept in the cache\n")
@@ -166,22 +167,6 @@ def _look_of(stored: Stored) -> list[tuple[object, ...]]:
     return [(path, state.st_size, state.st_ino, state.st_mtime_ns, state.st_ctime_ns) for path, state in states]
 
 
-def _hashes(stored: Stored) -> dict[str, str]:
-    """sha256 of every file; kept until one of them changes."""
-    known = cache_folder() / "contents" / _digest(_look_of(stored))
-    if known.is_file():
-        return dict(json.loads(known.read_text(encoding="utf-8")))
-    hashes = {}
-    for file in stored.files:
-        with file.open("rb") as stream:
-            hashes[file.name] = file_digest(stream, "sha256").hexdigest()
-    known.parent.mkdir(parents=True, exist_ok=True)
-    staging = known.with_suffix(".partial")
-    staging.write_text(json.dumps(hashes), encoding="utf-8")
-    staging.replace(known)
-    return hashes
-
-
 def _digest(value: Any) -> str:
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -189,7 +174,7 @@ def _digest(value: Any) -> str:
 def _in_child(part: str, stored: Stored, target: Path) -> None:
     """In a child, so that this process never imports torch, and gives back what memory the work took."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    hashes = json.dumps(_hashes(stored) if part == "weights" else {})
+    hashes = json.dumps(weight_sha256(stored.files) if part == "weights" else {})
     arguments = [str(PARENT), part, str(stored.path), str(target), hashes, hand_over_to_child()]
     command = [sys.executable, "-P", "-c", START, *arguments]  # -P: no module of the current folder is imported
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)

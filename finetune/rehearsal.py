@@ -63,9 +63,6 @@ def rehearse(recipe: Recipe, base: Base, *, tell: Tell = lambda line: None) -> R
     Raises:
         UserError: the template cannot be used.
     """
-    config = json.loads((base.facts.folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("quantization_config"):
-        return left_out("the base is stored quantised, and a twin cannot be made of that")
     entry = cache_folder() / "rehearsals" / f"{_key(recipe, base)}.json"
     if entry.is_file():
         kept = json.loads(entry.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The sha256 of a base's weight files, each read once: a file that has not changed since is not read again."""
+"""The sha256 of a base's files, each read once: a file that has not changed since is not read again."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 
-from finetune.base import sha256_of
 from finetune.machine import cache_folder
 
 SETTLED_SECONDS = 2.0  # a file younger than this could change again without its times telling
@@ -34,10 +33,15 @@ def _remembered(file: Path) -> str:
         digest, seal = entry.read_text(encoding="ascii").split()
         if seal == _seal(state, digest):
             return digest
-    digest = sha256_of(file)
+    digest = _read(file)
     if _state(file) == state and _is_settled(file):
         _write(entry, f"{digest} {_seal(state, digest)}\n")
     return digest
+
+
+def _read(file: Path) -> str:
+    with file.open("rb") as stream:
+        return file_digest(stream, "sha256").hexdigest()
 
 
 def _state(file: Path) -> str:

@@ -26,7 +26,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_entries_and_bytes_are_counted(cache: Path) -> None:
     found = {each.kind: (each.entries, each.bytes) for each in look_at_caches()}
-    kinds = ("4bit", "tokenizers", "bases", "contents", "hashes", "rehearsals", "kernels", "unquantised")
+    kinds = ("4bit", "tokenizers", "bases", "hashes", "rehearsals", "kernels", "unquantised")
     others = dict.fromkeys(kinds, (0, 0))
     assert found == {"tokens": (1, 1024), **others}
 

@@ -320,7 +320,7 @@ def test_a_file_is_hashed_once(base: Path, root: Path, monkeypatch: pytest.Monke
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert weight_sha256([file]) == {file.name: digest}
     with monkeypatch.context() as patched:
-        patched.setattr(weight_hashes, "sha256_of", lambda _: "0" * 64)
+        patched.setattr(weight_hashes, "_read", lambda _: "0" * 64)
         assert weight_sha256([file]) == {file.name: digest}  # remembered
         file.touch()
         assert weight_sha256([file]) == {file.name: "0" * 64}  # another time of change: read

@@ -233,3 +233,15 @@ def test_a_run_whose_losses_are_gone_says_so_and_can_be_finished(tiny_base: Path
         run(recipe, resume=True)
     shutil.rmtree(find_checkpoints(folder / "checkpoints")[-1])
     assert run(recipe, resume=True).result["steps"] == 4
+
+
+@pytest.mark.parametrize("left", ["", "{", "{}", "[]"])
+def test_a_result_that_a_disk_has_spoilt_is_written_again(tiny_base: Path, tmp_path: Path, left: str) -> None:
+    recipe = write_recipe(tmp_path, tiny_base, alpaca_rows(8), output__save_every_steps=2)
+    folder = run(recipe)
+    before, adapter = folder.result, (folder.adapter / "adapter_model.safetensors").read_bytes()
+    (folder.path / "result.json").write_text(left)
+    again = run(recipe, resume=True)
+    for name in ("steps", "examples", "supervised_tokens", "train_loss", "eval_loss"):
+        assert again.result[name] == before[name]
+    assert (again.adapter / "adapter_model.safetensors").read_bytes() == adapter
