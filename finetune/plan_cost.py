@@ -28,7 +28,9 @@ TRAINER_GIB = {"cpu": 0.2, "cuda": 0.1}
 # keeps, where our own functions compute and where PEFT's make copies; with recomputation, how many layers' tensors come
 # and go beside it.
 HOLES, HOLES_OF_COPIES, HOLES_IN_LAYERS = 0.15, 0.9, 2.0
-CHUNK_BYTES = {"cpu": 36 * 2**20, "cuda": 2**29}  # of logits at a time (finetune/model/fast/head.py)
+# Of logits at a time, but not of fewer rows, and beside them a few rows in float32 (finetune/model/fast/head.py).
+CHUNK_BYTES, CHUNK_ROWS = {"cpu": 2**24, "cuda": 2**28}, 128
+ROWS_IN_FLOAT32_BYTES = {"cpu": 2**22, "cuda": 2**28}
 GATHERED_LOGITS_BYTES = 12  # without: log-softmax and two gradients in float32, where backward begins
 # Found by comparing with real runs (benchmarks/plan_accuracy.py): how much slower than square products of their width
 # the thin products of a LoRA and those of attention are; how often what a layer keeps is read or written by everything
@@ -102,13 +104,14 @@ def peak_memory_gib(costs: Costs, calibration: Calibration | None = None) -> flo
 
 
 def kept_weight_bytes(costs: Costs) -> int:
-    """What `weights` holds beside the model: 16-bit weights twice on a CPU (one layout a product), others once."""
-    if "weights" not in costs.speedups or costs.quantization == "int8":
+    """What `weights` holds beside the model: on a CPU 16-bit weights twice (one layout a product), others once."""
+    if "weights" not in costs.speedups:
         return 0
-    quantized = costs.quantization in FOUR_BITS
+    linears = 0 if costs.quantization == "int8" else in_linears(costs.base)
     if costs.device == "cpu" and costs.dtype == "bfloat16":
-        return 4 * in_linears(costs.base)
-    return ELEMENT_BYTES[costs.dtype] * in_linears(costs.base) if quantized else 0
+        head = costs.base.vocabulary * costs.base.hidden_size if "head" in costs.speedups else 0
+        return 4 * (linears + head)
+    return ELEMENT_BYTES[costs.dtype] * linears if costs.quantization in FOUR_BITS else 0
 
 
 def _weight_bytes(costs: Costs) -> float:
@@ -195,7 +198,14 @@ def _head_bytes(costs: Costs) -> tuple[float, float]:
     states = element * hidden * (costs.steps.largest_pass + 2 * rows)
     if "head" not in costs.speedups:
         return states, rows * costs.base.vocabulary * GATHERED_LOGITS_BYTES
-    return states, min(CHUNK_BYTES[costs.device], rows * costs.base.vocabulary * (element + 4))
+    return states, chunk_bytes(costs)
+
+
+def chunk_bytes(costs: Costs) -> float:
+    """The logits that exist at a time."""
+    element, vocabulary, rows = ELEMENT_BYTES[costs.dtype], costs.base.vocabulary, costs.steps.largest_supervised
+    most = max(CHUNK_BYTES[costs.device], CHUNK_ROWS * vocabulary * element) + ROWS_IN_FLOAT32_BYTES[costs.device]
+    return min(most, rows * vocabulary * (element + 4))
 
 
 # --- time ---

@@ -14,7 +14,7 @@ from finetune.errors import Problem
 from finetune.recipe import Recipe, Speedup
 
 SPEEDUPS: tuple[str, ...] = get_args(Speedup)
-AUTO_TOKENS_PER_PASS = {"cpu": 2048, "cuda": 8192}
+AUTO_TOKENS_PER_PASS = {"cpu": 3072, "cuda": 8192}
 FEWEST_TOKENS_PER_PASS = 512
 FOUR_BITS = ("nf4", "fp4")
 

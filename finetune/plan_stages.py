@@ -10,13 +10,13 @@ from finetune.calibration import Calibration
 from finetune.machine import GIB
 from finetune.plan_cost import (
     ADAPTER_BYTES_PER_PARAMETER,
-    CHUNK_BYTES,
     DEQUANTISED_BYTES_MOVED,
     ELEMENT_BYTES,
     FOUR_BITS,
     RUNTIME_GIB,
     TRAINER_GIB,
     Costs,
+    chunk_bytes,
     in_experts,
     in_linears,
     kept_per_token,
@@ -83,10 +83,9 @@ def _read_at_once(costs: Costs) -> float:
 
 def _forward_bytes(costs: Costs) -> float:
     """A pass without gradients: the states of one layer, the rows that are scored, a chunk of logits."""
-    base, tokens, rows = costs.base, costs.steps.largest_pass, costs.steps.largest_supervised
+    base, tokens = costs.base, costs.steps.largest_pass
     layer = kept_per_token(costs) / max(base.layers, 1)
-    logits = min(CHUNK_BYTES[costs.device], rows * base.vocabulary * (_element(costs) + 4))
-    return tokens * (layer + 2 * _element(costs) * base.hidden_size) + logits
+    return tokens * (layer + 2 * _element(costs) * base.hidden_size) + chunk_bytes(costs)
 
 
 def _merge_bytes(costs: Costs, weights: int) -> float:

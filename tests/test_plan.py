@@ -164,7 +164,7 @@ def test_numbers_follow_the_closed_formulas(here: Path) -> None:
     assert found.trainable_parameters == sum(16 * (shape.in_features + shape.out_features) for shape in shapes)
     assert found.settings["train.max_steps"] == 9
     assert found.to_json()["steps"] == 9
-    assert found.to_json()["tokens_per_pass"] == found.train.tokens_per_pass == 2048
+    assert found.to_json()["tokens_per_pass"] == found.train.tokens_per_pass == 3072
     assert found.passes_per_step == 1.0
 
 
@@ -278,14 +278,14 @@ def test_a_run_over_the_memory_has_a_problem(here: Path) -> None:
     assert memory_problem(plan_of(), CPU) is None
     told = str(memory_problem(plan_of(), replace(CPU, device_memory_gib=0.5, device_name="a toaster")))
     assert told.startswith("memory: about ")
-    assert "a toaster has 0.5 GiB; lower train.tokens_per_pass (now 2048), set train.recompute: all" in told
+    assert "a toaster has 0.5 GiB; lower train.tokens_per_pass (now 3072), set train.recompute: all" in told
 
 
 def test_a_run_over_the_free_memory_has_another(here: Path) -> None:
     plan = plan_of()
     assert memory_problem(plan, CPU, free_gib=plan.peak_memory_gib) is None
     told = str(memory_problem(plan, CPU, free_gib=0.25))
-    assert "a laptop has 0.2 of 16.0 GiB free now; end other programs, lower train.tokens_per_pass (now 2048)" in told
+    assert "a laptop has 0.2 of 16.0 GiB free now; end other programs, lower train.tokens_per_pass (now 3072)" in told
 
 
 def test_the_plan_does_not_know_what_is_free(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +302,7 @@ def test_a_layout_left_open_fits_the_machine(here: Path) -> None:
         train = plan_of(replace(CPU, device_memory_gib=need * float(share))).train
         seen.append((train.recompute, "weights" not in train.speedups, -train.tokens_per_pass))
     assert seen == sorted(seen, key=lambda layout: layout[:2])
-    assert seen[0] == (False, False, -2048)
+    assert seen[0] == (False, False, -3072)
     assert {recompute for recompute, _, _ in seen} == {False, True}
     small = replace(CPU, device_memory_gib=0.1)
     asked = plan_of(

@@ -166,13 +166,14 @@ def test_only_a_heap_has_holes() -> None:
 
 
 def test_weights_are_held_twice_only_where_that_is_so() -> None:
-    linears = 2 * 480
-    assert kept_weight_bytes(COSTS) == 4 * linears  # two layouts of 16 bits
-    assert kept_weight_bytes(replace(COSTS, quantization="none")) == 4 * linears
+    linears, head = 2 * 480, BASE.vocabulary * BASE.hidden_size
+    assert kept_weight_bytes(COSTS) == 4 * (linears + head)  # two layouts of 16 bits
+    assert kept_weight_bytes(replace(COSTS, quantization="none")) == 4 * (linears + head)
+    assert kept_weight_bytes(replace(COSTS, speedups=("linears", "weights"))) == 4 * linears
     assert kept_weight_bytes(replace(COSTS, dtype="float32")) == 4 * linears
     assert kept_weight_bytes(replace(COSTS, dtype="float32", quantization="none")) == 0
     assert kept_weight_bytes(replace(COSTS, device="cuda")) == 2 * linears
-    assert kept_weight_bytes(replace(COSTS, quantization="int8")) == 0
+    assert kept_weight_bytes(replace(COSTS, quantization="int8")) == 4 * head
     assert kept_weight_bytes(replace(COSTS, speedups=("linears",))) == 0
 
 

@@ -523,13 +523,14 @@ _anything = st.recursive(
 @given(key=st.sampled_from([*EVERY_KEY, "model", "adapter", "train"]), value=_anything)
 @settings(max_examples=400, deadline=None)
 def test_whatever_stands_at_a_key_is_read_or_refused_in_plain_words(folder, key, value):
+    words = [word for word in ("Input", "pydantic", "validation", "Error") if word not in json.dumps(value)]
     try:
         load(json.dumps(with_value(key, value)), folder)
     except UserError as error:
         for problem in error.problems:
             assert problem.where.startswith(f"{folder}/r.yaml:1: {key}")
             assert "cannot be read" not in problem.message
-            assert not any(word in problem.message for word in ("Input", "pydantic", "validation", "Error"))
+            assert not any(word in problem.message for word in words)
 
 
 # --- the schema ---

@@ -21,7 +21,8 @@ class Stretch:
     """Examples end to end, without padding: a row of documents.
 
     Every example is a document, or a document that continues another: `document_prefixes` names for each document the
-    one it continues, or -1. A document that is continued is what several examples begin with.
+    one it continues, or -1. A document that is continued is what several examples begin with. An example ends before
+    its last learned token, which is predicted, and nothing sees it: that one and what follows it are not computed.
 
     The token at `predicting_S[i]` predicts `target_S[i]`; both belong to the same example, so no example's loss depends
     on another's tokens. `target_S` is in the order of the examples. A shared position predicts once for each example
@@ -77,13 +78,15 @@ def lay_end_to_end(
     nothing by chance and in which tokens meet in an attention that follows `document_prefixes`, and nowhere else.
     """
     alone = [Beginning(number, 0) for number in range(len(examples))]
-    documents = _documents(examples, shared_beginnings([e.ids for e in examples]) if share_prefixes else alone)
+    seen = [_tokens_seen(example) for example in examples]
+    ids = [example.ids[:count] for example, count in zip(examples, seen, strict=True)]
+    documents = _documents(seen, shared_beginnings(ids) if share_prefixes else alone)
     lengths = [document.stop - document.start for document in documents]
     starts = np.cumsum([0, *lengths])
     places = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=False)]
     predicting, targets = [], []
     for place, document in zip(places, documents, strict=True):
-        if document.stop < examples[document.example].tokens:
+        if document.stop < seen[document.example]:
             continue  # a prefix; it predicts as a part of every example that continues it
         example = examples[document.example]
         whole = place if document.prefix < 0 else np.concatenate([places[document.prefix], place])
@@ -104,15 +107,21 @@ def lay_end_to_end(
     )
 
 
-def _documents(examples: Sequence[Example], beginnings: Sequence[Beginning]) -> list[Document]:
-    """The examples in their order, each beginning before the first example that continues it."""
+def _tokens_seen(example: Example) -> int:
+    """How many tokens of an example anything is computed from: those before the last learned one, at least one."""
+    learned = np.flatnonzero(example.learned)
+    return max(1, int(learned[-1])) if len(learned) else 1
+
+
+def _documents(tokens: Sequence[int], beginnings: Sequence[Beginning]) -> list[Document]:
+    """The examples, of so many tokens, in their order, each beginning before the first example that continues it."""
     documents: list[Document] = []
     prefixes: dict[int, int] = {}
-    for number, (example, (first, shared)) in enumerate(zip(examples, beginnings, strict=True)):
+    for number, (stop, (first, shared)) in enumerate(zip(tokens, beginnings, strict=True)):
         if shared and first == number:
             prefixes[number] = len(documents)
             documents.append(Document(number, 0, shared, -1))
-        documents.append(Document(number, shared, example.tokens, prefixes[first] if shared else -1))
+        documents.append(Document(number, shared, stop, prefixes[first] if shared else -1))
     return documents
 
 

@@ -26,6 +26,7 @@ from tests.train.forked import WEIGHTS, Nursery, weights
 
 # So high a learning rate that the held-out loss goes down and up again.
 OPTIONS: dict[str, Any] = {
+    "seed": 0,
     "adapter__dropout": 0.1,
     "data__eval": 3,
     "evaluate__every_steps": 1,

@@ -33,6 +33,11 @@ def example(ids: Sequence[int], learned: Sequence[bool] | None = None) -> Exampl
     return Example(ids=np.array(ids, np.int32), learned=marks, where="rows.jsonl:1", prompt_tokens=0, cut_tokens=0)
 
 
+def seen(ids: list[int]) -> list[int]:
+    """What losses are computed from: all before the last learned token of `example`."""
+    return ids[: max((index for index in range(1, len(ids)) if index % 3 > 0), default=1)]
+
+
 @given(drawn_ids)
 def test_every_example_can_be_read_back(drawn: list[list[int]]) -> None:
     """From the documents alone: a prefix's tokens and then the own ones are the example, at its own positions."""
@@ -47,8 +52,8 @@ def test_every_example_can_be_read_back(drawn: list[list[int]]) -> None:
     for number, tokens in zip(whole, drawn, strict=True):
         prefix = stretch.document_prefixes[number]
         parts = [number] if prefix < 0 else [prefix, number]
-        assert torch.cat([ids[part] for part in parts]).tolist() == tokens
-        assert torch.cat([positions[part] for part in parts]).tolist() == list(range(len(tokens)))
+        assert torch.cat([ids[part] for part in parts]).tolist() == seen(tokens)
+        assert torch.cat([positions[part] for part in parts]).tolist() == list(range(len(seen(tokens))))
         at = torch.cat([places[part] for part in parts]).tolist()
         learned = [index for index in range(1, len(tokens)) if index % 3 > 0]
         predicting += [at[index - 1] for index in learned]
@@ -84,12 +89,12 @@ def fewest_tokens(drawn: Sequence[list[int]]) -> int:
 @given(drawn_ids)
 def test_no_other_groups_of_neighbours_leave_fewer_tokens(drawn: list[list[int]]) -> None:
     stretch = lay_end_to_end([example(ids) for ids in drawn], share_prefixes=True)
-    assert stretch.tokens == fewest_tokens(sorted(drawn))
+    assert stretch.tokens == fewest_tokens(sorted(map(seen, drawn)))
 
 
 def test_identical_examples_keep_a_token_of_their_own() -> None:
     stretch = lay_end_to_end([example(range(20)), example(range(20)), example(range(50, 53))], share_prefixes=True)
-    assert stretch.document_lengths == [19, 1, 1, 3]
+    assert stretch.document_lengths == [18, 1, 1, 2]
     assert stretch.document_prefixes == [-1, 0, 0, -1]
 
 
@@ -101,7 +106,7 @@ def test_a_short_beginning_is_not_shared() -> None:
 
 def test_nothing_is_shared_unless_asked() -> None:
     stretch = lay_end_to_end([example(range(20)), example(range(20))])
-    assert (stretch.document_lengths, stretch.document_prefixes) == ([20, 20], [-1, -1])
+    assert (stretch.document_lengths, stretch.document_prefixes) == ([19, 19], [-1, -1])
 
 
 SYSTEM = list(range(40, 140))
@@ -164,6 +169,26 @@ def test_shared_beginnings_change_no_loss_and_no_gradient(
     assert relative_error(losses, right) < 1e-5
     assert len(gradients) == 2 * 7 * 2
     assert max(relative_error(gradients[name], right_gradients[name]) for name in right_gradients) < 1e-5
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_what_no_loss_is_computed_from_is_left_out(model: torch.nn.Module, share: bool) -> None:
+    """Beside whole rows, one by one, all logits written out."""
+    learned = [[5, 6, 9], [3], [0], [11, 4], [0, 1]]  # of rows of 12; nothing predicts a row's first token
+    rows = [example([*SYSTEM[:9], 7 + number, 5, 3], [at in marked for at in range(12)])
+            for number, marked in enumerate(learned)]  # fmt: skip
+    model.get_base_model().set_attn_implementation("documents")
+    expected = [
+        torch.nn.functional.cross_entropy(model(input_ids=ids[None]).logits[0, at - 1], ids[at])
+        for row, marked in zip(rows, learned, strict=True)
+        for ids in [torch.tensor(row.ids).long()]
+        for at in sorted(marked)
+        if at
+    ]
+    stretch = lay_end_to_end(rows, share_prefixes=share)
+    if not share:
+        assert stretch.document_lengths == [9, 3, 1, 11, 1]
+    assert relative_error(stretch_losses_S(model, stretch), torch.stack(expected)) < 1e-5
 
 
 @pytest.mark.parametrize("wrong", ["sees another", "positions start again", "sees no prefix"])

@@ -17,12 +17,15 @@ from torch.autograd.function import once_differentiable
 
 from finetune.model.fast.kernels import load_kernels
 from finetune.model.fast.swapped import Swapped
+from finetune.model.fast.weights import CurrentWeight, FrozenWeight, Plain
 
 # T = tokens, S = supervised rows, R = rows of a chunk, H = hidden size, V = vocabulary
 
-CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}  # of logits that exist at a time, in the precision of the product
+# Of logits that exist at a time, in the precision of the product; on a CPU more than half its third cache costs a
+# quarter of the head's time (measured with 32 MiB of it).
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
 SLICE_BYTES = {"cpu": 2**21, "cuda": 2**27}  # of them that are worked on at a time, where torch makes copies in float32
-FEWEST_ROWS = 64  # of a chunk: fewer would read the head's weight too often
+FEWEST_ROWS = 128  # of a chunk: fewer would read the head's weight too often
 HALF_PRECISION_LIFT = 2.0**10  # float16 cannot hold a probability of a large vocabulary, but a thousand times it
 
 
@@ -53,38 +56,49 @@ ROWS = "predicting_rows"  # the keyword by which they reach the last layer
 
 
 class LossHead(torch.nn.Linear):
-    """A model's own frozen head, the same weight under the same name, that also computes losses without logits."""
+    """A model's own frozen head, the same weight under the same name, that also computes losses without logits.
 
-    def __init__(self, head: torch.nn.Linear, form: LogitForm) -> None:
+    `keep` holds the weight in oneDNN's layouts, too, where the CPU has products for them; no value changes.
+    """
+
+    def __init__(self, head: torch.nn.Linear, form: LogitForm, *, keep: bool = False) -> None:
         torch.nn.Module.__init__(self)  # a Linear's own would make a second weight
         self.in_features, self.out_features = head.in_features, head.out_features
         self.weight, self.bias = head.weight, head.bias
         self.form = form
+        self.current = CurrentWeight(self, keep=keep, pack=True)
         self.train(head.training)
 
     def losses_S(self, rows_SH: torch.Tensor, target_S: torch.Tensor) -> torch.Tensor:
         """Cross entropy of each target by its hidden row, float32 [S]."""
         device = rows_SH.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        weight_VH, bias_V = self.weight.to(dtype), self.bias
         wants_gradient = torch.is_grad_enabled() and rows_SH.requires_grad
         with torch.autocast(device, enabled=False):
-            return _RowLosses.apply(rows_SH.to(dtype), weight_VH, bias_V, target_S, self.form, wants_gradient)
+            weight = self._weight(dtype)
+            return _RowLosses.apply(rows_SH.to(dtype), weight, self.out_features, target_S, self.form, wants_gradient)
+
+    def _weight(self, dtype: torch.dtype) -> FrozenWeight:
+        if dtype is self.weight.dtype:
+            return self.current.get()
+        return Plain(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), kept_bytes=0)
 
 
-def swap_head(model: torch.nn.Module) -> Swapped:
+def swap_head(model: torch.nn.Module, *, keep: bool = False) -> Swapped:
     """Put a LossHead in the place of the model's head, if it is frozen and of a known form; else say why not.
 
+    `keep` as in LossHead.
     Behind its attention, the last layer then computes only the rows that predict something, if it is of a known kind.
     """
     causal = _causal(model)
     if reason := _why_not(causal):
         return Swapped(count=0, kept_bytes=0, left={"lm_head": reason})
-    causal.lm_head = LossHead(causal.lm_head, FORMS[type(causal).__name__](causal.config))
+    head = LossHead(causal.lm_head, FORMS[type(causal).__name__](causal.config), keep=keep)
+    causal.lm_head = head
     last = causal.base_model.layers[-1]
     if type(last).__name__ in PLAIN_LAYERS and "forward" not in vars(last):
         last.forward = MethodType(_forward_of_rows, last)  # bound, so that a copy of the model calls its own
-    return Swapped(count=1, kept_bytes=0, left={})
+    return Swapped(count=1, kept_bytes=head.current.get().kept_bytes, left={})
 
 
 def swapped_losses_S(
@@ -165,8 +179,8 @@ class _RowLosses(torch.autograd.Function):
     def forward(  # noqa: PLR0913, PLR0917 - what autograd is given
         ctx: Any,
         rows_SH: torch.Tensor,
-        weight_VH: torch.Tensor,
-        bias_V: torch.Tensor | None,
+        weight: FrozenWeight,
+        vocabulary: int,
         target_S: torch.Tensor,
         form: LogitForm,
         wants_gradient: bool,
@@ -174,20 +188,18 @@ class _RowLosses(torch.autograd.Function):
         losses_S = torch.empty(len(rows_SH), device=rows_SH.device)
         gradient_SH = torch.empty_like(rows_SH) if wants_gradient else None
         lift_S = torch.full_like(losses_S, _lift(rows_SH.dtype)) if wants_gradient else None
-        chunks = _even_slices(slice(0, len(rows_SH)), CHUNK_BYTES, weight_VH, fewest=FEWEST_ROWS)
-        logits_RV = rows_SH.new_empty(chunks[0].stop if chunks else 0, len(weight_VH))
-        for chunk in chunks:
-            logits = torch.mm(rows_SH[chunk], weight_VH.t(), out=logits_RV[: chunk.stop - chunk.start])
-            if bias_V is not None:
-                logits += bias_V
-            for part in _even_slices(chunk, SLICE_BYTES, weight_VH, fewest=1):
+        row_bytes, device = vocabulary * rows_SH.element_size(), rows_SH.device.type
+        for chunk in _even_slices(slice(0, len(rows_SH)), CHUNK_BYTES[device] // row_bytes, fewest=FEWEST_ROWS):
+            logits = weight.forward(rows_SH[chunk])
+            for part in _even_slices(chunk, SLICE_BYTES[device] // row_bytes, fewest=1):
                 some = logits[part.start - chunk.start : part.stop - chunk.start]
                 weights = None if lift_S is None else lift_S[part]
                 losses_S[part] = load_kernels().cross_entropy_(
                     some, target_S[part], weights, scale=form.scale, cap=form.cap
                 )
             if gradient_SH is not None:
-                torch.mm(logits, weight_VH, out=gradient_SH[chunk])
+                gradient_SH[chunk] = weight.backward(logits)
+            del logits, some  # before the next chunk takes its memory
         if gradient_SH is not None:
             ctx.save_for_backward(gradient_SH)
         return losses_S
@@ -204,9 +216,8 @@ def _lift(dtype: torch.dtype) -> float:
     return HALF_PRECISION_LIFT if dtype == torch.float16 else 1.0
 
 
-def _even_slices(rows: slice, budget: dict[str, int], weight_VH: torch.Tensor, *, fewest: int) -> list[slice]:
-    """`rows` in as few slices as the budget for their logits allows, of nearly the same size, the largest first."""
+def _even_slices(rows: slice, at_most: int, *, fewest: int) -> list[slice]:
+    """`rows` in as few slices of `at_most` rows as there can be, of nearly the same size, the largest first."""
     count = rows.stop - rows.start
-    at_most = max(fewest, budget[weight_VH.device.type] // (len(weight_VH) * weight_VH.element_size()))
-    size = -(-count // max(1, -(-count // at_most)))
+    size = -(-count // max(1, -(-count // max(fewest, at_most))))
     return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, max(1, size))]

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from finetune.model.fast import thin
 from finetune.model.fast.swapped import Swapped
-from finetune.model.fast.weights import FrozenWeight, bytes_to_keep, compute_dtype, freeze, is_4bit, why_not
+from finetune.model.fast.weights import CurrentWeight, FrozenWeight, bytes_to_keep, compute_dtype, is_4bit, why_not
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -41,7 +41,7 @@ def swap_linears(model: torch.nn.Module, *, keep: bool = True, pack: bool = True
     kept_bytes = 0
     for module, linear in ours.values():
         own = OwnForward(module, linear, keep=keep, pack=pack)
-        kept_bytes += own.weight().kept_bytes
+        kept_bytes += own.weight.get().kept_bytes
         module.forward = own.forward
     return Swapped(len(ours), kept_bytes, left)
 
@@ -78,10 +78,8 @@ class OwnForward:
     def __init__(self, module: Any, linear: Any, *, keep: bool, pack: bool) -> None:
         self.module = module
         self.linear = linear
-        self.keep, self.pack = keep, pack
+        self.weight = CurrentWeight(linear, keep=keep, pack=pack)
         self._plain_adapters: list[str] | None = None  # those that why_left was asked about, and found nothing
-        self._frozen: FrozenWeight | None = None
-        self._frozen_from: tuple[Any, int, int] | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """y [..., O] of x [..., I], in x's dtype."""
@@ -89,25 +87,12 @@ class OwnForward:
             return type(self.module).forward(self.module, x, *args, **kwargs)  # type: ignore[no-any-return]
         y: torch.Tensor
         if self.module is self.linear:
-            y = FrozenProduct.apply(x, self.weight())
+            y = FrozenProduct.apply(x, self.weight.get())
             return y
         (name,) = self.module.active_adapters
         a_RI, b_OR = self.module.lora_A[name].weight, self.module.lora_B[name].weight
-        y = LoraProduct.apply(x, a_RI, b_OR, self.module.scaling[name], self.weight())
+        y = LoraProduct.apply(x, a_RI, b_OR, self.module.scaling[name], self.weight.get())
         return y
-
-    def weight(self) -> FrozenWeight:
-        """The linear's weight, made anew where somebody changed it: a merge, a load, another device."""
-        parameter = self.linear.weight
-        source = (parameter, parameter._version, parameter.data_ptr())
-        old = self._frozen_from
-        if self._frozen is None or old is None or old[0] is not parameter or old[1:] != source[1:]:
-            self._frozen = None  # before the new one takes its memory
-            reason = why_not(self.linear)
-            assert reason is None, reason
-            self._frozen = freeze(self.linear, keep=self.keep, pack=self.pack)
-            self._frozen_from = source
-        return self._frozen
 
     def _is_plain(self, x: torch.Tensor) -> bool:
         """Whether this call is the plain case: one adapter, not merged, in the dtype the weight is kept in."""
@@ -119,15 +104,11 @@ class OwnForward:
         if module is self.linear:
             return True
         if module.merged:
-            self._frozen = None  # PEFT added the adapter to the weight in place, and will subtract it again
+            self.weight.forget()  # PEFT added the adapter to the weight in place, and will subtract it again
             return False
         if self._plain_adapters != module.active_adapters and why_left(module) is None:
             self._plain_adapters = list(module.active_adapters)
         return not module.disable_adapters and self._plain_adapters == module.active_adapters
-
-    def __getstate__(self) -> dict[str, Any]:
-        """All but the weight, which a copy of the model makes anew: packed tensors cannot be copied."""
-        return {**vars(self), "_frozen": None, "_frozen_from": None}
 
 
 class FrozenProduct(torch.autograd.Function):

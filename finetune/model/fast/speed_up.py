@@ -22,13 +22,13 @@ from finetune.model.fast.swapped import Swapped
 
 Swap = Callable[[torch.nn.Module, Sequence[str]], Swapped]
 
-# What is swapped in, in this order, given all names. `weights` says how the linears hold theirs; `prefix` is a matter
-# of how a pass is laid out (finetune/train/stretch.py).
+# What is swapped in, in this order, given all names. `weights` says how linears and head hold theirs; `prefix` is a
+# matter of how a pass is laid out (finetune/train/stretch.py).
 PIECES: dict[str, Swap] = {
     "attention": lambda model, names: swap_attention(model),
     "linears": lambda model, names: swap_linears(model, keep="weights" in names),
     "layers": lambda model, names: swap_layers(model),
-    "head": lambda model, names: swap_head(model),
+    "head": lambda model, names: swap_head(model, keep="weights" in names),
 }
 
 

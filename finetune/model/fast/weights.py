@@ -102,6 +102,34 @@ def freeze(linear: Any, *, keep: bool, pack: bool) -> FrozenWeight:
     return Plain(weight_OI, bias_O, kept_bytes=weight_OI.nbytes if is_4bit(linear) else 0)
 
 
+class CurrentWeight:
+    """The weight of one linear, as freeze() makes it; made anew where somebody changed it: a merge, a load, a move."""
+
+    def __init__(self, linear: Any, *, keep: bool, pack: bool) -> None:
+        self.linear, self.keep, self.pack = linear, keep, pack
+        self._frozen: FrozenWeight | None = None
+        self._made_from: tuple[Any, int, int] | None = None
+
+    def get(self) -> FrozenWeight:
+        parameter = self.linear.weight
+        source = (parameter, parameter._version, parameter.data_ptr())
+        old = self._made_from
+        if self._frozen is None or old is None or old[0] is not parameter or old[1:] != source[1:]:
+            assert not parameter.requires_grad, "a weight that learns has a gradient, which no product here computes"
+            self._frozen = None  # before the new one takes its memory
+            self._frozen = freeze(self.linear, keep=self.keep, pack=self.pack)
+            self._made_from = source
+        return self._frozen
+
+    def forget(self) -> None:
+        """Free what is kept."""
+        self._frozen = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the weight, which a copy of the model makes anew: packed tensors cannot be copied."""
+        return {**vars(self), "_frozen": None, "_made_from": None}
+
+
 @dataclass(frozen=True)
 class Plain:
     """A weight [O, I] in rows."""

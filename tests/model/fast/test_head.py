@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from finetune.model.attention import register_attention
 from finetune.model.fast import head as head_file
 from finetune.model.fast.head import FORMS, LogitForm, LossHead, _Rows, swap_head, swapped_losses_S
 from finetune.model.fast.kernels import Kernels
+from finetune.model.fast.weights import can_pack
 from finetune.train.loss import lay_end_to_end, stretch_losses_S
 
 HIDDEN, VOCABULARY = 24, 40
@@ -150,6 +152,34 @@ def test_never_more_logits_than_a_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sum(kept) == rows * 8
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_kept_weight_changes_no_bit_and_follows_the_heads(dtype: torch.dtype, bias: bool) -> None:
+    plain = make_head(dtype, LogitForm(), bias=bias, vocabulary=2000)
+    kept = LossHead(plain, LogitForm(), keep=True)
+    hidden, target = torch.randn(300, HIDDEN).to(dtype), torch.randint(0, 2000, (300,))
+
+    def losses_and_gradient(head: LossHead) -> torch.Tensor:
+        given = hidden.clone().requires_grad_()
+        losses = head.losses_S(given, target)
+        losses.sum().backward()
+        return torch.cat([losses.detach()[:, None], given.grad.float()], dim=1)
+
+    before = losses_and_gradient(plain)
+    assert torch.equal(losses_and_gradient(kept), before)
+    assert kept.current.get() is kept.current.get()
+    assert kept.current.get().kept_bytes == (2 * plain.weight.nbytes if can_pack(plain) else 0)
+    with torch.no_grad():
+        plain.weight.mul_(1.5)  # which is the other's, too
+    assert not torch.equal(losses_and_gradient(plain), before)
+    assert torch.equal(losses_and_gradient(kept), losses_and_gradient(plain))
+    copied = deepcopy(kept)
+    with torch.no_grad():
+        copied.weight.mul_(0)
+    assert torch.equal(losses_and_gradient(kept), losses_and_gradient(plain))
+    assert not torch.equal(losses_and_gradient(copied), losses_and_gradient(plain))
+
+
 def test_the_same_again_and_the_same_without_gradients() -> None:
     head = make_head(torch.float32, LogitForm())
     hidden, _, _, _ = drawn(torch.float32)
@@ -270,7 +300,7 @@ def test_the_last_layer_computes_the_predicting_rows_only(name: str, recompute: 
     assert swap_head(tuned).count == 1
     losses, ours = both()
     half = len(rows_seen) // 2  # of calls: one, or another one that computes it again
-    assert (set(rows_seen[:half]), set(rows_seen[half:])) == ({26}, {6})
+    assert (set(rows_seen[:half]), set(rows_seen[half:])) == ({stretch.tokens}, {6})
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
     assert len(ours) == len(gradients) == 2 * 7 * 2
     for mine, gradient in zip(ours, gradients, strict=True):
