@@ -1,4 +1,4 @@
-"""What waiting threads cost: training speed with spinning and sleeping OpenMP threads, alone and beside a busy program.
+"""What waiting threads cost: training speed by how long they spin before they sleep, alone and beside a busy program.
 
 The quickstart recipe for a few steps, each measurement in a process of its own, taking turns. The busy program is one
 endless loop on one core.
@@ -17,7 +17,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-POLICIES = ("ACTIVE", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from finetune.machine import SPINS
+
+POLICIES = {
+    "spinning": {"OMP_WAIT_POLICY": "ACTIVE"},
+    "sleeping": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"},
+    "ours": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": SPINS},
+}
 
 
 def tokens_per_second(policy: str, steps: int) -> float:
@@ -34,13 +42,13 @@ def tokens_per_second(policy: str, steps: int) -> float:
             "--json",
         ]
         command += ["--set", f"train.max_steps={steps}", "--set", "data.eval=null"]
-        environment = os.environ | {"OMP_WAIT_POLICY": policy, "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | POLICIES[policy] | {"HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return json.loads(done.stdout)["tokens_per_second"]
 
 
 def main() -> None:
-    """Measure all four combinations, round by round, and print the medians."""
+    """Measure all combinations, round by round, and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)

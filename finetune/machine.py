@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GIB = 2**30
+SPINS = "300"  # a few microseconds
 UNSETTLED_GIB = 0.0625
 
 
@@ -99,12 +100,14 @@ def refuse_fetched_code() -> None:
 
 
 def share_cores() -> None:
-    """Let waiting threads sleep instead of spin; set before torch is imported.
+    """Let threads that wait spin for some microseconds only, then sleep; set before torch is imported.
 
-    Spinning gains nothing on an idle machine, and as soon as another program wants a core the small products of a small
-    model wait for a thread that is not running. benchmarks/shared_cores.py measures it: 2.3 times slower beside one.
+    As soon as another program wants a core, the small products of a small model wait for a thread that is not running:
+    benchmarks/shared_cores.py measures it, 2.3 times slower beside one where threads spin for long. Where none spins at
+    all, every product begins by waking them.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def forget_products() -> None:

@@ -111,7 +111,7 @@ def taken_back(trainer: StepTrainer) -> Iterator[None]:
             scaler.load_state_dict(scale)
         set_random_state(trainer.args.device, random_numbers)
         free_memory(trainer.args.device)  # of states and files, whose holes would lie between the passes' tensors
-        trainer.settled_gib = 0.0
+        trainer.settled_gib = -trainer.settled_gib  # no step needs more than the fullest one
         trainer.stage = PASSES
 
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from finetune import machine
 from finetune.errors import ProofError, StorageError, UserError
 from finetune.model import adapter as adapter_file
 from finetune.run import run
@@ -98,6 +99,18 @@ def test_what_is_tried_holds_the_longest_rows(tiny_base: Path, tmp_path: Path, m
     assert max(first) == max(itertools.chain(*others))
     assert sum(first) <= 200
     assert sum(first) > 150
+
+
+def test_no_step_returns_memory_that_the_fullest_one_needed(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process holds 2 GiB after the trial, less after the next steps, 2 again: nothing of that is a hole."""
+    held, returned = iter([2.0, 1.2, 1.5, 2.0]), []
+    monkeypatch.setattr(machine, "resident_gib", lambda: next(held))
+    monkeypatch.setattr(machine, "return_freed_memory", lambda: returned.append(True))
+    monkeypatch.setattr(trial, "free_memory", lambda device: None)
+    run(write_recipe(tmp_path, tiny_base, alpaca_rows(8), train__max_steps=3, train__batch_size=2))
+    assert (next(held, None), returned) == (None, []), "asked once a step, and nothing was returned"
 
 
 def test_an_adapter_that_nothing_trains_is_named(
