@@ -22,6 +22,7 @@ from benchmarks.speed import plots
 from benchmarks.speed.outside import ROOT
 from benchmarks.speed.page import NOT_MEASURED, count, gigabytes, measured_with, paragraph, table, times
 from benchmarks.speed.rates import rates, ratio
+from benchmarks.speed.subjects import SHAPES, Shape
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
 Report = dict[str, Any]
@@ -206,7 +207,22 @@ def linear_section(report: Report, folder: Path) -> list[str]:
         "learned.",
         f"![What a token costs in longer passes and in longer documents]({picture.name})",
         table(columns, rows),
+        where_it_bends(SHAPES[report["model"]], max(point["document_tokens"] for point in points)),
     ]
+
+
+def where_it_bends(shape: Shape, longest: int) -> str:
+    """By operations, why a token costs more in a longer document."""
+    attention = 2 * shape.hidden**2 * (1 + shape.key_value_heads / shape.heads)
+    frozen = shape.layers * (attention + 3 * shape.hidden * shape.inner) + shape.vocabulary * shape.hidden
+    products = 4 * frozen / 1e6  # forward, and the gradient of the input
+    per_token = 7 * shape.layers * shape.hidden / 1e6  # 2 forward, 5 backward, half of all pairs
+    return (
+        "Passes cost what their tokens cost. Documents bend the line because a token meets all tokens of its document "
+        f"before it: the frozen products take {products:.0f} million operations a token however long it is, attention "
+        f"{per_token * 256:.1f} million in one of 256 tokens, {per_token * 1024:.0f} in one of 1,024, "
+        f"{per_token * longest:.0f} in one of {longest:,}. The wider a model, the later that bend comes."
+    )
 
 
 def parity_section(report: Report, folder: Path) -> list[str]:
