@@ -11,6 +11,7 @@ import torch
 
 import finetune.train.train  # noqa: F401 - a training run imports as much
 from finetune.machine import resident_gib
+from finetune.model.fast.eight_bit import MATRICES
 
 WIDTHS = (128, 512, 2048)
 TOKENS = 1024
@@ -21,13 +22,20 @@ OPERATIONS = 100
 
 
 def main() -> None:
-    """Arguments: the device, and when this process was started (time.time). Prints the figures as a line of JSON."""
-    device, started = sys.argv[1], float(sys.argv[2])
+    """Prints the figures as a line of JSON.
+
+    Arguments: the device, how it computes in 8 bits (empty if it does not), and when this process was started
+    (time.time).
+    """
+    device, in_8_bits, started = sys.argv[1], sys.argv[2], float(sys.argv[3])
     imported = time.time() - started
     resident = resident_gib()
     dtypes = DTYPES if device == "cuda" else DTYPES[:2]
+    products = {dtype: [[n, _product_rate(n, dtype, device)] for n in WIDTHS] for dtype in dtypes}
+    if in_8_bits:
+        products[in_8_bits] = [[n, _rate_in_8_bits(n, in_8_bits, device)] for n in WIDTHS]
     figures = {
-        "products": {dtype: [[n, _product_rate(n, dtype, device)] for n in WIDTHS] for dtype in dtypes},
+        "products": products,
         "bytes_per_second": _bytes_per_second(device),
         "operation_seconds": _operation_seconds(device),
         "runtime_gib": resident,
@@ -41,6 +49,13 @@ def _product_rate(n: int, dtype: str, device: str) -> float:
     left = torch.randn(TOKENS, n, device=device, dtype=getattr(torch, dtype))
     right = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
     return 2 * TOKENS * n * n / _fastest(lambda: torch.nn.functional.linear(left, right), device)
+
+
+def _rate_in_8_bits(n: int, kind: str, device: str) -> float:
+    """The same of a frozen weight in 8 bits, with all that rounds its rows and scales what comes out."""
+    left = torch.randn(TOKENS, n, device=device, dtype=torch.bfloat16)
+    right = MATRICES[kind](torch.randn(n, n, device=device, dtype=torch.bfloat16))
+    return 2 * TOKENS * n * n / _fastest(lambda: right.product(left), device)
 
 
 def _bytes_per_second(device: str) -> float:

@@ -25,7 +25,7 @@ MEASURE += "prepare_libraries(); from finetune.calibrate import main; main()"
 class Calibration:
     """What was measured; products are [tokens, n] x [n, n], and stand as (n, floating-point operations a second)."""
 
-    products: dict[str, tuple[tuple[int, float], ...]]  # by dtype, n ascending
+    products: dict[str, tuple[tuple[int, float], ...]]  # by dtype, or int8 or fp8 (model.compute); n ascending
     bytes_per_second: float  # read and written by one simple operation
     operation_seconds: float  # of one operation on a few numbers, with its gradient
     runtime_gib: float  # resident in a process that has imported everything and trained a few numbers
@@ -73,7 +73,8 @@ def calibrate(machine: Machine) -> Calibration:
     Raises:
         UserError: the measurement failed.
     """
-    child = [sys.executable, "-P", "-c", MEASURE, str(PACKAGE_PARENT), machine.device, str(time.time())]
+    child = [sys.executable, "-P", "-c", MEASURE, str(PACKAGE_PARENT), machine.device, machine.computes_in_8_bits]
+    child += [str(time.time())]
     done = subprocess.run(child, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
@@ -105,7 +106,8 @@ def _conditions(machine: Machine) -> dict[str, Any]:
         version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         version = "none"
-    return {"device": machine.device_name, "cores": machine.cores, "torch": version}
+    in_8_bits = {"in_8_bits": machine.computes_in_8_bits} if machine.computes_in_8_bits else {}
+    return {"device": machine.device_name, "cores": machine.cores, "torch": version, **in_8_bits}
 
 
 def _is_usable(found: Calibration) -> bool:

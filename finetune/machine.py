@@ -18,6 +18,7 @@ from pathlib import Path
 GIB = 2**30
 SPINS = "300"  # a few microseconds
 UNSETTLED_GIB = 0.0625
+BFLOAT16_CAPABILITY, FLOAT8_CAPABILITY = (8, 0), (8, 9)
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Machine:
     memory_gib: float
     device_memory_gib: float  # what the weights and activations must fit into; equals memory_gib on a CPU
     computes_bfloat16: bool
+    computes_in_8_bits: str = ""  # what model.compute may be beside auto: int8 or fp8; empty: nothing
 
 
 def probe_machine() -> Machine:
@@ -38,9 +40,11 @@ def probe_machine() -> Machine:
     memory_gib = _total_memory_bytes() / GIB
     gpu = _first_gpu()
     if gpu:
-        name, gpu_gib, major = gpu
-        return Machine("cuda", name, cores, memory_gib, gpu_gib, computes_bfloat16=major >= 8)
-    return Machine("cpu", _cpu_name(), cores, memory_gib, memory_gib, _cpu_computes_bfloat16())
+        name, gpu_gib, capability = gpu
+        in_8_bits = "fp8" if capability >= FLOAT8_CAPABILITY else ""
+        return Machine("cuda", name, cores, memory_gib, gpu_gib, capability >= BFLOAT16_CAPABILITY, in_8_bits)
+    in_8_bits = "int8" if _cpu_computes_int8() else ""
+    return Machine("cpu", _cpu_name(), cores, memory_gib, memory_gib, _cpu_computes_bfloat16(), in_8_bits)
 
 
 def cache_folder() -> Path:
@@ -251,14 +255,14 @@ def _total_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _first_gpu() -> tuple[str, float, int] | None:
-    """Name, memory in GiB and major compute capability of the first visible NVIDIA GPU, or None."""
+def _first_gpu() -> tuple[str, float, tuple[int, ...]] | None:
+    """Name, memory in GiB and compute capability of the first visible NVIDIA GPU, or None."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"} or not shutil.which("nvidia-smi"):
         return None
     if not (answer := _ask_gpu("name,memory.total,compute_cap")):
         return None
     name, memory_mib, capability = answer
-    return name, float(memory_mib) / 1024, int(capability.split(".")[0])
+    return name, float(memory_mib) / 1024, tuple(int(part) for part in capability.split("."))
 
 
 def _ask_gpu(facts: str) -> list[str] | None:
@@ -284,3 +288,8 @@ def _cpu_name() -> str:
 
 def _cpu_computes_bfloat16() -> bool:
     return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
+
+
+def _cpu_computes_int8() -> bool:
+    """Whether it sums products of 8-bit numbers in 32 bits; with older instructions they saturate at 16."""
+    return bool(_cpu_flags() & {"avx512_vnni", "avx_vnni", "amx_int8"})

@@ -31,16 +31,17 @@ class Named:
     float32: float
     gigabytes_per_second: float
     bfloat16: float = 0.0  # 0: not computed, so that float32 is
+    float8: float = 0.0  # with sums in float32; 0: not computed
     cores: int = 8
 
 
 NAMED = {
-    "h200": Named("NVIDIA H200 141 GB", "cuda", 140.4, 67, 4800, 989),
-    "h100": Named("NVIDIA H100 SXM 80 GB", "cuda", 79.6, 67, 3350, 989),
+    "h200": Named("NVIDIA H200 141 GB", "cuda", 140.4, 67, 4800, 989, 1979),
+    "h100": Named("NVIDIA H100 SXM 80 GB", "cuda", 79.6, 67, 3350, 989, 1979),
     "a100-80": Named("NVIDIA A100 SXM 80 GB", "cuda", 80.0, 19.5, 2039, 312),
     "a100-40": Named("NVIDIA A100 SXM 40 GB", "cuda", 39.5, 19.5, 1555, 312),
-    "l40s": Named("NVIDIA L40S 48 GB", "cuda", 45.0, 91.6, 864, 362),
-    "4090": Named("NVIDIA GeForce RTX 4090", "cuda", 24.0, 82.6, 1008, 165.2),
+    "l40s": Named("NVIDIA L40S 48 GB", "cuda", 45.0, 91.6, 864, 362, 733),
+    "4090": Named("NVIDIA GeForce RTX 4090", "cuda", 24.0, 82.6, 1008, 165.2, 330.3),
     "3090": Named("NVIDIA GeForce RTX 3090", "cuda", 24.0, 35.6, 936, 71),
     "t4": Named("NVIDIA T4", "cuda", 15.0, 8.1, 300),
     "mac": Named("a Mac of 32 GB, computing on its processor", "cpu", 32.0, 1.5, 100),
@@ -59,9 +60,16 @@ def named_machine(name: str) -> tuple[Machine, Calibration]:
         raise UserError(Problem("--on", f"{name!r} is not known{hint}; write one of {', '.join(NAMED)}"))
     named = NAMED[name.lower()]
     machine = Machine(
-        named.device, named.title, named.cores, named.memory_gib, named.memory_gib, computes_bfloat16=named.bfloat16 > 0
+        named.device,
+        named.title,
+        named.cores,
+        named.memory_gib,
+        named.memory_gib,
+        computes_bfloat16=named.bfloat16 > 0,
+        computes_in_8_bits="fp8" if named.float8 else "",
     )
     rates = {"float32": named.float32, "bfloat16": named.bfloat16 or named.float32, "float16": named.bfloat16}
+    rates |= {"fp8": named.float8} if named.float8 else {}
     calibration = Calibration(
         products={dtype: ((1, (rate or named.float32) * 1e12 * PRODUCTS_SHARE),) for dtype, rate in rates.items()},
         bytes_per_second=named.gigabytes_per_second * 1e9 * MEMORY_SHARE,

@@ -17,6 +17,7 @@ from finetune.adapter_plan import count_trainable as count_trainable
 from finetune.adapter_problems import adapter_problems
 from finetune.base import BaseFacts
 from finetune.calibration import Calibration
+from finetune.compute_problems import compute_problems
 from finetune.errors import Problem, raise_problems
 from finetune.layout import Mixture, count_steps, lay_out_steps
 from finetune.machine import GIB, Machine
@@ -97,6 +98,7 @@ class TrainPlan:
     patience: int | None = None  # evaluations without a lower loss that end the run
     prompts: str | None = None  # a file of them, answered at every evaluation
     keep_best: bool = False  # the checkpoint with the lowest held-out loss, which becomes the adapter
+    compute: str = "auto"  # of products with frozen weights while training: auto (exact), int8 or fp8
 
 
 @dataclass(frozen=True)
@@ -163,10 +165,11 @@ def make_plan(  # noqa: PLR0913 - all that a plan follows from
     problems = adapter_problems(recipe, adapter, base, token_ids)
     problems += _machine_problems(recipe, machine) + _context_problems(recipe, base, data)
     problems += _held_out_problems(recipe, data)
-    raise_problems([*problems, *layout_problems(recipe, base)])
-    dtype = _resolve_dtype(recipe, machine)
-    longest = int(data.train_tokens.max())
-    for layout in possible_layouts(recipe, base, longest=longest, device=machine.device, begun=begun):
+    dtype, longest = _resolve_dtype(recipe, machine), int(data.train_tokens.max())
+    layouts = list(possible_layouts(recipe, base, longest=longest, device=machine.device, begun=begun))
+    problems += layout_problems(recipe, base) + compute_problems(recipe, machine, layouts[0], dtype=dtype)
+    raise_problems(problems)
+    for layout in layouts:
         train = _train_plan(recipe, machine, data, dtype, layout)
         costs = _costs(recipe, base, data, train, adapter)
         if peak_memory_gib(costs) <= MOST_OF_MEMORY * machine.device_memory_gib:
@@ -253,6 +256,7 @@ def _costs(recipe: Recipe, base: BaseFacts, data: DataFacts, train: TrainPlan, a
         ranks=sum(rank_of(adapter, each.module) for each in targets),
         recompute=train.recompute,
         speedups=train.speedups,
+        compute=train.compute,
         steps=count_steps_contents(
             layout, data.train_tokens, data.train_supervised, tokens_per_pass=train.tokens_per_pass
         ),
@@ -340,6 +344,7 @@ def _train_plan(recipe: Recipe, machine: Machine, data: DataFacts, dtype: str, l
         patience=recipe.evaluate.patience,
         keep_best=recipe.output.keep_best,
         open_keys=tuple(key for key in ("tokens_per_pass", "recompute") if getattr(asked, key) == "auto"),
+        compute=recipe.model.compute,
     )
 
 

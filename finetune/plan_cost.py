@@ -28,9 +28,11 @@ TRAINER_GIB = {"cpu": 0.2, "cuda": 0.1}
 # keeps, where our own functions compute and where PEFT's make copies; with recomputation, how many layers' tensors come
 # and go beside it.
 HOLES, HOLES_OF_COPIES, HOLES_IN_LAYERS = 0.15, 0.9, 2.0
-# Of logits at a time, but not of fewer rows, and beside them a few rows in float32 (finetune/model/fast/head.py).
-CHUNK_BYTES, CHUNK_ROWS = {"cpu": 2**24, "cuda": 2**28}, 128
-ROWS_IN_FLOAT32_BYTES = {"cpu": 2**22, "cuda": 2**28}
+# Of logits that exist at a time, in the precision of the product (finetune/model/fast/head.py takes them from here); on
+# a CPU more than half its third cache costs a quarter of the head's time (measured with 32 MiB of it).
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
+FEWEST_ROWS = 128  # of a chunk: fewer would read the head's weight too often
+SLICE_BYTES = {"cpu": 2**21, "cuda": 2**27}  # of it that are worked on at a time, where torch makes copies in float32
 GATHERED_LOGITS_BYTES = 12  # without: log-softmax and two gradients in float32, where backward begins
 # Found by comparing with real runs (benchmarks/plan_accuracy.py): how much slower than square products of their width
 # the thin products of a LoRA and those of attention are; how often what a layer keeps is read or written by everything
@@ -71,6 +73,7 @@ class Costs:
     recompute: bool
     speedups: tuple[str, ...]
     steps: Steps
+    compute: str = "auto"  # model.compute
 
 
 def count_steps_contents(
@@ -104,14 +107,19 @@ def peak_memory_gib(costs: Costs, calibration: Calibration | None = None) -> flo
 
 
 def kept_weight_bytes(costs: Costs) -> int:
-    """What `weights` holds beside the model: on a CPU 16-bit weights twice (one layout a product), others once."""
+    """What is held beside the model for its products.
+
+    With `weights` on a CPU 16-bit weights twice (one layout a product), others once; weights in 8 bits twice in any
+    case.
+    """
+    linears = 0 if costs.quantization == "int8" or costs.compute != "auto" else in_linears(costs.base)
+    in_8_bits = 2 * in_linears(costs.base) if costs.compute != "auto" else 0
     if "weights" not in costs.speedups:
-        return 0
-    linears = 0 if costs.quantization == "int8" else in_linears(costs.base)
+        return in_8_bits
     if costs.device == "cpu" and costs.dtype == "bfloat16":
         head = costs.base.vocabulary * costs.base.hidden_size if "head" in costs.speedups else 0
-        return 4 * (linears + head)
-    return ELEMENT_BYTES[costs.dtype] * linears if costs.quantization in FOUR_BITS else 0
+        return in_8_bits + 4 * (linears + head)
+    return in_8_bits + (ELEMENT_BYTES[costs.dtype] * linears if costs.quantization in FOUR_BITS else 0)
 
 
 def _weight_bytes(costs: Costs) -> float:
@@ -204,7 +212,7 @@ def _head_bytes(costs: Costs) -> tuple[float, float]:
 def chunk_bytes(costs: Costs) -> float:
     """The logits that exist at a time."""
     element, vocabulary, rows = ELEMENT_BYTES[costs.dtype], costs.base.vocabulary, costs.steps.largest_supervised
-    most = max(CHUNK_BYTES[costs.device], CHUNK_ROWS * vocabulary * element) + ROWS_IN_FLOAT32_BYTES[costs.device]
+    most = max(CHUNK_BYTES[costs.device], FEWEST_ROWS * vocabulary * element) + 2 * SLICE_BYTES[costs.device]
     return min(most, rows * vocabulary * (element + 4))
 
 
@@ -214,28 +222,30 @@ def chunk_bytes(costs: Costs) -> float:
 def seconds_per_step(costs: Costs, calibration: Calibration) -> float:
     """Of an average step, on a machine that has nothing else to do."""
     products = sum(
-        calibration.product_seconds(operations, dtype=costs.dtype, width=width)
-        for operations, width in step_products(costs)
+        calibration.product_seconds(operations, dtype=dtype, width=width)
+        for operations, width, dtype in step_products(costs)
     )
     moved = step_bytes(costs) / calibration.bytes_per_second
     return products + moved + _operations(costs) * calibration.operation_seconds
 
 
-def step_products(costs: Costs) -> Iterator[tuple[float, float]]:
-    """Floating-point operations of a step, each with the width of its matrices: the linears, LoRA, attention, the head.
+def step_products(costs: Costs) -> Iterator[tuple[float, float, str]]:
+    """Operations of a step, each with its matrices' width and what it is computed in: linears, LoRA, attention, head.
 
     A frozen weight has a product forward and one backward, none for its own gradient; the two matrices of a LoRA have
     one forward and two backward. Attention sees half of all pairs, and computes its scores again for the gradients.
     """
-    base, steps, again = costs.base, costs.steps, int(costs.recompute)
+    base, steps, again, dtype = costs.base, costs.steps, int(costs.recompute), costs.dtype
     for linear in base.linears:
         operations = 2 * linear.in_features * linear.out_features * steps.tokens
-        yield operations * (2 + again), math.sqrt(linear.in_features * linear.out_features)
-    yield 2 * costs.trainable * steps.tokens * (3 + again) * THIN, base.hidden_size
+        width = math.sqrt(linear.in_features * linear.out_features)
+        yield operations * (2 + again), width, dtype if costs.compute == "auto" else costs.compute
+    yield 2 * costs.trainable * steps.tokens * (3 + again) * THIN, base.hidden_size, dtype
     for linear in base.linears:
         if linear.leaf in TO_RESIDUAL[:1]:
-            yield 2 * linear.in_features * steps.pairs * (1 + 2.5 + again) * ATTENTION, linear.in_features
-    yield 4 * base.vocabulary * base.hidden_size * steps.supervised, math.sqrt(base.vocabulary * base.hidden_size)
+            yield 2 * linear.in_features * steps.pairs * (1 + 2.5 + again) * ATTENTION, linear.in_features, dtype
+    width = math.sqrt(base.vocabulary * base.hidden_size)
+    yield 4 * base.vocabulary * base.hidden_size * steps.supervised, width, dtype
 
 
 def operations_per_step(costs: Costs) -> float:
@@ -253,7 +263,7 @@ def step_bytes(costs: Costs) -> float:
     kept = kept_per_token(costs) * (MOVED + MOVED_AGAIN * costs.recompute)
     logits = costs.steps.supervised * costs.base.vocabulary * LOGIT_BYTES_MOVED[costs.device]
     weights = 0.0
-    if "weights" not in costs.speedups and costs.quantization in FOUR_BITS:
+    if "weights" not in costs.speedups and costs.quantization in FOUR_BITS and costs.compute == "auto":
         weights = costs.steps.passes * in_linears(costs.base) * (2 + costs.recompute) * DEQUANTISED_BYTES_MOVED
     return costs.steps.tokens * kept + logits + weights + costs.stored * OPTIMIZER_BYTES_MOVED
 

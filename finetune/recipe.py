@@ -64,6 +64,10 @@ class ModelSection(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto", description="The type of the computations"
     )
+    compute: Literal["auto", "int8", "fp8"] = Field(
+        default="auto",
+        description="Training's products with frozen weights: auto is exact, int8 (CPU) and fp8 (GPU) round to 8 bits",
+    )
 
 
 class SourceSection(Section):

@@ -23,6 +23,7 @@ KEYS = {
     "model.revision": MUST_MATCH,
     "model.quantization": MUST_MATCH,
     "model.dtype": MUST_MATCH,
+    "model.compute": MUST_MATCH,
     "adapter.method": MUST_MATCH,
     "adapter.rank": MUST_MATCH,
     "adapter.alpha": MUST_MATCH,

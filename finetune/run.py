@@ -81,7 +81,7 @@ def _train(folder: RunFolder, resolved: Resolved, stop: StopSignal, ranks: Ranks
     with out_of_memory_told(lambda: "loading the base"):
         loaded = load_base(replace(plan.model, device=where), keep=True)
         model = attach_adapter(loaded, plan.adapter, base=plan.model.base)
-        swapped = speed_up(model, plan.train.speedups)
+        swapped = speed_up(model, plan.train.speedups, compute=plan.train.compute)
         tokenizer = load_tokenizer(base.tokenizer_folder)
     return_freed_memory()  # of loading, before the passes take theirs
     ranks.first_alone(lambda: _tell(folder, [*left_told(swapped), *folder.keep_speedups(record(swapped))]))

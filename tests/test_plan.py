@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from finetune.recipe import Recipe, load_recipe
 from finetune.run import run
 from tests.conftest import POCKET, alpaca_rows, write_recipe
 
-CPU = Machine("cpu", "a laptop", 2, 16.0, 16.0, computes_bfloat16=True)
-GPU = Machine("cuda", "a GPU", 8, 64.0, 24.0, computes_bfloat16=True)
+CPU = Machine("cpu", "a laptop", 2, 16.0, 16.0, computes_bfloat16=True, computes_in_8_bits="int8")
+GPU = Machine("cuda", "a GPU", 8, 64.0, 24.0, computes_bfloat16=True, computes_in_8_bits="fp8")
 
 # key -> (another value, what else is set on both sides so that the key has something to decide)
 ONE_OTHER_VALUE_PER_KEY: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -32,6 +33,7 @@ ONE_OTHER_VALUE_PER_KEY: dict[str, tuple[Any, dict[str, Any]]] = {
     "model.revision": ("abc", {}),
     "model.quantization": ("none", {}),
     "model.dtype": ("float32", {}),
+    "model.compute": ("int8", {}),
     "adapter.method": ("dora", {}),
     "adapter.rank": (8, {}),
     "adapter.alpha": (16, {}),
@@ -185,6 +187,38 @@ def test_speedups_are_all_that_apply(here: Path) -> None:
     assert plan_of(**{"train.speedups": ["head", "linears"]}).train.speedups == ("linears", "head")
     none = plan_of(**{"train.speedups": "none"})
     assert (none.train.speedups, none.settings["train.speedups"]) == ((), "none")
+
+
+@pytest.mark.parametrize(
+    ("machine", "values", "reason"),
+    [
+        (GPU, {}, "int8 needs a CPU that multiplies 8-bit numbers .*; write fp8 here, or leave it auto"),
+        (replace(CPU, computes_in_8_bits=""), {}, "int8 needs a CPU that .*; a laptop has none, or leave it auto"),
+        (CPU, {"model.compute": "fp8"}, "fp8 needs an NVIDIA GPU of compute capability 8.9 or newer; write int8 here"),
+        (CPU, {"model.dtype": "float32"}, "stands beside products in bfloat16, and model.dtype is float32 here"),
+        (CPU, {"model.quantization": "int8"}, "is not for a base that bitsandbytes multiplies in 8 bits"),
+        (CPU, {"adapter.method": "dora"}, "and adapter.method is dora; write lora or rslora"),
+        (CPU, {"adapter.dropout": 0.1}, "which have no adapter.dropout; write 0"),
+        (CPU, {"train.speedups": ["head"]}, "let train.speedups have linears"),
+    ],
+)
+def test_products_in_8_bits_are_had_or_refused(
+    here: Path, machine: Machine, values: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        plan_of(machine, **{"model.compute": "int8", **values})
+    (problem,) = caught.value.problems
+    assert problem.where == "model.compute"
+    assert re.search(reason, problem.message), problem.message
+
+
+def test_weights_in_8_bits_take_a_byte_for_each_product(here: Path) -> None:
+    """In place of two: of every weight of the linears, and less time where the machine multiplies them faster."""
+    linears = sum(each.in_features * each.out_features for each in read_base("builtin:pocket-llama").facts.linears)
+    saved = plan_of().peak_memory_gib - plan_of(**{"model.compute": "int8"}).peak_memory_gib
+    assert saved == pytest.approx(2 * linears / 2**30, abs=2e-3)
+    assert plan_of(**{"model.compute": "int8"}).train.compute == "int8"
+    assert plan_of(GPU, **{"model.compute": "fp8"}).train.compute == "fp8"
 
 
 def test_a_base_with_other_attention_keeps_it(here: Path) -> None:

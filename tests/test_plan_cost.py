@@ -19,6 +19,7 @@ from finetune.plan_cost import (
     HOLES_OF_COPIES,
     Costs,
     Steps,
+    chunk_bytes,
     count_steps_contents,
     kept_per_token,
     kept_weight_bytes,
@@ -94,6 +95,8 @@ def test_seconds_are_operations_by_rate_and_bytes_by_bandwidth() -> None:
     assert seconds_per_step(linears_only, free) == pytest.approx(2 * 2 * 480 * 5 * 2 / 1e9)
     assert seconds_per_step(COSTS, EVEN) > seconds_per_step(COSTS, free) > 0
     assert len(list(step_products(COSTS))) == 14 + 1 + 2 + 1
+    twice = replace(free, products={**EVEN.products, "int8": ((128, 2e9),)})
+    assert seconds_per_step(replace(linears_only, compute="int8"), twice) == pytest.approx(2 * 2 * 480 * 5 * 2 / 2e9)
 
 
 def test_more_work_takes_longer() -> None:
@@ -150,6 +153,18 @@ def test_a_pass_is_what_it_keeps_and_its_widest_moment() -> None:
     assert pass_bytes(replace(of_few, recompute=True)) == 2 * 5 * 8 * 2 + states + layer + gradients
 
 
+def test_logits_at_a_time_are_16_mib_or_128_rows() -> None:
+    """Of the 128,256 words of Llama 3 128 rows in 16 bits, 31 MiB; of 32,000 16 MiB; and 4 MiB of them in float32."""
+
+    def of(words: int, learned: int) -> float:
+        steps = replace(COSTS.steps, largest_supervised=learned)
+        return chunk_bytes(replace(COSTS, base=replace(BASE, vocabulary=words), steps=steps))
+
+    assert of(128_256, 2000) == 128 * 128_256 * 2 + 2**22
+    assert of(32_000, 2000) == 2**24 + 2**22
+    assert of(32_000, 7) == 7 * 32_000 * (2 + 4)
+
+
 def test_only_a_heap_has_holes() -> None:
     """A tenth of what is kept; two layers' tensors and gradients with recomputation; none on a GPU."""
 
@@ -175,6 +190,9 @@ def test_weights_are_held_twice_only_where_that_is_so() -> None:
     assert kept_weight_bytes(replace(COSTS, device="cuda")) == 2 * linears
     assert kept_weight_bytes(replace(COSTS, quantization="int8")) == 4 * head
     assert kept_weight_bytes(replace(COSTS, speedups=("linears",))) == 0
+    assert kept_weight_bytes(replace(COSTS, compute="int8")) == 2 * linears + 4 * head
+    assert kept_weight_bytes(replace(COSTS, compute="int8", speedups=("linears",))) == 2 * linears
+    assert kept_weight_bytes(replace(COSTS, compute="fp8", device="cuda")) == 2 * linears
 
 
 def test_experts_in_4_bits_are_kept_dequantised_unless_recomputed() -> None:

@@ -37,6 +37,7 @@ model:
   revision: null                    # hub commit to pin
   quantization: nf4                 # nf4 | fp4 | int8 | none         (nf4: double quantised, block 64)
   dtype: auto                       # auto | bfloat16 | float16 | float32
+  compute: auto                     # auto | int8 | fp8
 
 adapter:
   method: lora                      # lora | dora | rslora | ...
@@ -90,7 +91,7 @@ WITHOUT_EXAMPLE = {
 
 SECTION_KEYS = {
     "": "version name seed model adapter data train evaluate output",
-    "model": "base revision quantization dtype",
+    "model": "base revision quantization dtype compute",
     "adapter": "method rank alpha dropout targets layers rank_by alpha_by start learning_rate_ratio block_size "
     "train_tokens also_train from",
     "data": "train eval format template loss_on max_tokens too_long truncate empty_answer special_tokens "

@@ -13,6 +13,8 @@ from benchmarks.speed.peers import PEERS, Job, train_with_peer
 from benchmarks.speed.subjects import CLIP, RATE, SHAPES, alpaca_rows, make_base, write_recipe, write_tokens
 from benchmarks.speed.trl_configurations import CONFIGURATIONS
 
+IN_INT8 = "finetune: int8"  # with model.compute: int8
+
 
 @dataclass(frozen=True)
 class Work:
@@ -53,6 +55,8 @@ def train(contender: str, work: Work, epochs: int) -> dict[str, Any]:
     """
     if contender == "finetune":
         return train_ours(work.recipe, work.folder, f"train.epochs={epochs}")
+    if contender == IN_INT8:
+        return train_ours(work.recipe, work.folder, f"train.epochs={epochs}", "model.compute=int8")
     if contender.startswith("trl: "):
         return train_with_trl(work, CONFIGURATIONS[contender.removeprefix("trl: ")], epochs)
     job = Job(
@@ -90,6 +94,6 @@ def train_with_trl(
 
 def known(name: str) -> str:
     """The name of a contender, for argparse."""
-    if name == "finetune" or name in PEERS or name.removeprefix("trl: ") in CONFIGURATIONS:
+    if name in ("finetune", IN_INT8) or name in PEERS or name.removeprefix("trl: ") in CONFIGURATIONS:
         return name
     raise ValueError(name)

@@ -27,6 +27,7 @@ from finetune.errors import Problem, ProofError, UserError, storing
 from finetune.model.adapter import adapted_modules, base_alone
 from finetune.train.held_out import sum_losses
 from finetune.train.optimizer import forget_gradients
+from finetune.train.parity import compare_with_exact
 from finetune.train.state import random_state_bytes
 from finetune.train.step_again import free_memory, random_state, set_random_state
 from finetune.train.trainer import PASSES, StepTrainer
@@ -56,7 +57,7 @@ def try_step(trainer: StepTrainer, *, starts_at_base: bool) -> None:
     Raises:
         UserError: a module gets an adapter that nothing could ever train.
         ProofError: the first loss is not the base's.
-        NumericsError: a loss or gradient is not finite.
+        NumericsError: a loss or gradient is not finite, or in 8 bits too far from the exact one.
         StorageError: a checkpoint cannot be written.
         RuntimeError, MemoryError: out of memory.
     """
@@ -71,6 +72,8 @@ def try_step(trainer: StepTrainer, *, starts_at_base: bool) -> None:
         trainer._clip_grad_norm(trainer.adapted_model)
         assert trainer.optimizer is not None
         trainer.optimizer.step()
+        if trainer.plan.compute != "auto":  # here, where no adapter's B is zero any more, so that A has a gradient, too
+            told += f"; {compare_with_exact(trainer)}"
         _score_longest_held_out(trainer, tokens_per_pass)
         _write_checkpoint(trainer)
     if trainer.ranks.is_first:

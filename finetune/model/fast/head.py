@@ -18,14 +18,10 @@ from torch.autograd.function import once_differentiable
 from finetune.model.fast.kernels import load_kernels
 from finetune.model.fast.swapped import Swapped
 from finetune.model.fast.weights import CurrentWeight, FrozenWeight, Plain
+from finetune.plan_cost import CHUNK_BYTES, FEWEST_ROWS, SLICE_BYTES
 
 # T = tokens, S = supervised rows, R = rows of a chunk, H = hidden size, V = vocabulary
 
-# Of logits that exist at a time, in the precision of the product; on a CPU more than half its third cache costs a
-# quarter of the head's time (measured with 32 MiB of it).
-CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
-SLICE_BYTES = {"cpu": 2**21, "cuda": 2**27}  # of them that are worked on at a time, where torch makes copies in float32
-FEWEST_ROWS = 128  # of a chunk: fewer would read the head's weight too often
 HALF_PRECISION_LIFT = 2.0**10  # float16 cannot hold a probability of a large vocabulary, but a thousand times it
 
 

@@ -200,6 +200,36 @@ void cross_entropy(void *x, const size *targets, const float *weights, float *lo
     }
 }
 
+/* A row in 8 bits: q = 128 + x / s rounded, s = max |x| / 127. Of a row with NaN or infinity s is NaN, and with it every
+   product of the row; numbers that 8 bits do not tell from 0 beside 1e-30 are 0. */
+INLINE void eight_bit_row(const void *x, uint8_t *q, float *scale, size width, const int bf16) {
+    uint32_t most = 0; /* of the numbers' bits without sign, which are in the numbers' order, NaN above infinity */
+    _Pragma("omp simd reduction(max : most)")
+    for (size i = 0; i < width; i++) {
+        uint32_t u = bits_of(get(x, i, bf16)) & 0x7fffffffu;
+        most = u > most ? u : most;
+    }
+    float largest = of_bits(most), up = most < 0x7f800000u && largest > 1e-30f ? 127.0f / largest : 0.0f;
+    *scale = most < 0x7f800000u ? (up > 0 ? largest / 127.0f : 0.0f) : of_bits(0x7fc00000u);
+    if (up == 0) { memset(q, 128, width); return; }
+    SIMD for (size i = 0; i < width; i++) q[i] = (uint8_t)bits_of(get(x, i, bf16) * up + 12583040.0f); /* 3 * 2^22 + 128 */
+}
+
+void eight_bits(const void *x, uint8_t *q, float *scale, size rows, size width, int bf16, int threads) {
+    size total = rows * width;
+    FOR_ROWS(rows) BOTH(eight_bit_row, in(x, row * width, bf16), q + row * width, scale + row, width);
+}
+
+INLINE void times_row(void *y, float by, size width, const int bf16) {
+    SIMD for (size i = 0; i < width; i++) put(y, i, get(y, i, bf16) * by, bf16);
+}
+
+/* y[row] *= by[row] */
+void times_rows(void *y, const float *by, size rows, size width, int bf16, int threads) {
+    size total = rows * width;
+    FOR_ROWS(rows) BOTH(times_row, at(y, row * width, bf16), by[row], width);
+}
+
 /* Thin products, for a LoRA: x [rows, width] bfloat16 by m [width, rank] float32 of any strides, times `scale` and
    rounded to bfloat16; sums are float32. The narrow tensor t is [rows, rank]; while it is worked on, the rank is filled
    up with zeros to `deep`. Two neighbours along the summed axis lie in a word of 32 bits, as the instruction takes them. */

@@ -22,6 +22,8 @@ _SIGNATURES = {
     "gated": "pppniii",
     "gated_gradient": "pppppniii",
     "cross_entropy": "ppppnnffii",
+    "eight_bits": "pppnnii",
+    "times_rows": "ppnnii",
 }
 _THIN = dict.fromkeys(("thin_product", "thin_addition", "thin_gradient"), "ptppni")
 
@@ -38,6 +40,9 @@ class Thin(ctypes.Structure):
 
 _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int, "t": Thin}
 _STORED = {torch.bfloat16: 1, torch.float32: 0}
+
+
+SMALLEST = 1e-30  # beside which 8 bits tell nothing from 0
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,31 @@ class Kernels:
                 slope_RV *= 1 - (logits_RV / cap).square()
             products_RV.copy_(slope_RV)
         return losses_R
+
+    def eight_bits(self, x_RN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """q, uint8 [R, N], and a scale for each row, float32 [R]: x is (q - 128) scale, to half a scale.
+
+        The scale of a row with NaN or infinity is NaN; where no number is over 1e-30 it is 0.
+        """
+        rows, width = x_RN.shape
+        if self._takes(x_RN):
+            q_RN, scale_R = x_RN.new_empty(x_RN.shape, dtype=torch.uint8), x_RN.new_empty(rows, dtype=torch.float32)
+            self._call("eight_bits", x_RN, q_RN, scale_R, rows, width, stored=x_RN)
+            return q_RN, scale_R
+        wide_RN = x_RN.float()
+        largest_R = wide_RN.abs().amax(-1)
+        scale_R = torch.where(largest_R.isfinite(), largest_R / 127, torch.nan)
+        scale_R = torch.where(largest_R <= SMALLEST, 0.0, scale_R)
+        up_R = torch.where(scale_R > 0, 127 / largest_R, 0.0)
+        q_RN = (wide_RN * up_R[:, None]).nan_to_num(0.0).round_() + 128
+        return q_RN.to(torch.uint8), scale_R
+
+    def times_rows_(self, y_RN: torch.Tensor, by_R: torch.Tensor) -> torch.Tensor:
+        """Each row times its own float32 number, rounded once."""
+        if self._takes(y_RN):
+            self._call("times_rows", y_RN, _dense(by_R, len(y_RN)), *y_RN.shape, stored=y_RN)
+            return y_RN
+        return y_RN.copy_(y_RN * by_R[:, None])
 
     def _takes(self, *tensors: torch.Tensor) -> bool:
         dtype, shape = tensors[0].dtype, tensors[0].shape

@@ -24,32 +24,45 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.autograd.function import once_differentiable
 
 from finetune.model.fast import thin
+from finetune.model.fast.eight_bit import why_not_in_8_bits
 from finetune.model.fast.swapped import Swapped
-from finetune.model.fast.weights import CurrentWeight, FrozenWeight, bytes_to_keep, compute_dtype, is_4bit, why_not
+from finetune.model.fast.weights import (
+    EXACT,
+    CurrentWeight,
+    FrozenWeight,
+    bytes_to_keep,
+    compute_dtype,
+    is_4bit,
+    why_not,
+)
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def swap_linears(model: torch.nn.Module, *, keep: bool = True, pack: bool = True) -> Swapped:
+def swap_linears(model: torch.nn.Module, *, keep: bool = True, pack: bool = True, compute: str = EXACT) -> Swapped:
     """Compute the model's LoRA linears, and its 4-bit linears without LoRA, by our own products, from now on.
 
     `keep` holds dequantised weights for as long as the model lives; else they are dequantised for each product.
     `pack` holds kept weights in oneDNN's two layouts, where the CPU has products for them;
-    bytes_kept says beforehand how many bytes that is. Neither changes a value.
+    bytes_kept says beforehand how many bytes that is. Neither changes a value. `compute`, int8 or fp8, multiplies by
+    weights and rows in 8 bits while a module is in training mode; what is evaluated is exact.
     """
     ours, left = _sorted_out(model)
     kept_bytes = 0
-    for module, linear in ours.values():
-        own = OwnForward(module, linear, keep=keep, pack=pack)
+    for name, (module, linear) in ours.items():
+        reason = None if compute == EXACT else why_not_in_8_bits(linear, compute)
+        own = OwnForward(module, linear, keep=keep, pack=pack, compute=EXACT if reason else compute)
         kept_bytes += own.weight.get().kept_bytes
         module.forward = own.forward
+        if reason:
+            left[name] = reason
     return Swapped(len(ours), kept_bytes, left)
 
 
-def bytes_kept(model: torch.nn.Module, *, keep: bool = True, pack: bool = True) -> int:
+def bytes_kept(model: torch.nn.Module, *, keep: bool = True, pack: bool = True, compute: str = EXACT) -> int:
     """What swap_linears would hold in memory beside the model."""
     ours, _ = _sorted_out(model)
-    return sum(bytes_to_keep(linear, keep=keep, pack=pack) for _, linear in ours.values())
+    return sum(bytes_to_keep(linear, keep=keep, pack=pack, compute=compute) for _, linear in ours.values())
 
 
 def why_left(layer: Any) -> str | None:
@@ -75,10 +88,12 @@ def why_left(layer: Any) -> str | None:
 class OwnForward:
     """What replaces the forward of one module: `module` is a LoRA layer over the frozen `linear`, or that itself."""
 
-    def __init__(self, module: Any, linear: Any, *, keep: bool, pack: bool) -> None:
+    def __init__(self, module: Any, linear: Any, *, keep: bool, pack: bool, compute: str = EXACT) -> None:
         self.module = module
         self.linear = linear
-        self.weight = CurrentWeight(linear, keep=keep, pack=pack)
+        self.weight = CurrentWeight(linear, keep=keep, pack=pack, compute=compute)
+        # A second form would be held for evaluations only: they dequantise for each product.
+        self.evaluated = self.weight if compute == EXACT else CurrentWeight(linear, keep=False, pack=False)
         self._plain_adapters: list[str] | None = None  # those that why_left was asked about, and found nothing
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -86,12 +101,13 @@ class OwnForward:
         if args or kwargs or not self._is_plain(x):
             return type(self.module).forward(self.module, x, *args, **kwargs)  # type: ignore[no-any-return]
         y: torch.Tensor
+        weight = (self.weight if self.module.training else self.evaluated).get()
         if self.module is self.linear:
-            y = FrozenProduct.apply(x, self.weight.get())
+            y = FrozenProduct.apply(x, weight)
             return y
         (name,) = self.module.active_adapters
         a_RI, b_OR = self.module.lora_A[name].weight, self.module.lora_B[name].weight
-        y = LoraProduct.apply(x, a_RI, b_OR, self.module.scaling[name], self.weight.get())
+        y = LoraProduct.apply(x, a_RI, b_OR, self.module.scaling[name], weight)
         return y
 
     def _is_plain(self, x: torch.Tensor) -> bool:

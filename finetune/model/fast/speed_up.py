@@ -19,22 +19,26 @@ from finetune.model.fast.kernels import load_kernels
 from finetune.model.fast.layers import swap_layers
 from finetune.model.fast.linears import swap_linears
 from finetune.model.fast.swapped import Swapped
+from finetune.model.fast.weights import EXACT
 
-Swap = Callable[[torch.nn.Module, Sequence[str]], Swapped]
+Swap = Callable[[torch.nn.Module, Sequence[str], str], Swapped]
 
-# What is swapped in, in this order, given all names. `weights` says how linears and head hold theirs; `prefix` is a
-# matter of how a pass is laid out (finetune/train/stretch.py).
+# What is swapped in, in this order, given all names and model.compute. `weights` says how linears and head hold theirs;
+# `prefix` is a matter of how a pass is laid out (finetune/train/stretch.py).
 PIECES: dict[str, Swap] = {
-    "attention": lambda model, names: swap_attention(model),
-    "linears": lambda model, names: swap_linears(model, keep="weights" in names),
-    "layers": lambda model, names: swap_layers(model),
-    "head": lambda model, names: swap_head(model, keep="weights" in names),
+    "attention": lambda model, names, compute: swap_attention(model),
+    "linears": lambda model, names, compute: swap_linears(model, keep="weights" in names, compute=compute),
+    "layers": lambda model, names, compute: swap_layers(model),
+    "head": lambda model, names, compute: swap_head(model, keep="weights" in names),
 }
 
 
-def speed_up(model: torch.nn.Module, names: Sequence[str]) -> dict[str, Swapped]:
-    """The pieces by name, swapped into `model` in place; an unknown name of a plan is no piece."""
-    return {name: swap(model, names) for name, swap in PIECES.items() if name in names}
+def speed_up(model: torch.nn.Module, names: Sequence[str], *, compute: str = EXACT) -> dict[str, Swapped]:
+    """The pieces by name, swapped into `model` in place; an unknown name of a plan is no piece.
+
+    `compute` is model.compute: in how many bits linears multiply by the frozen weights.
+    """
+    return {name: swap(model, names, compute) for name, swap in PIECES.items() if name in names}
 
 
 def left_told(swapped: Mapping[str, Swapped]) -> list[str]:

@@ -2,7 +2,7 @@
 
 Four ways, all with the same values: the linear's own tensor; a 4-bit weight dequantised once and kept; either of them
 packed for oneDNN, once for each of the two products, which saves the repacking inside every product; a 4-bit weight
-dequantised for each product.
+dequantised for each product. And, where it was asked for, in 8 bits, with about the same values (eight_bit.py).
 """
 
 # T = tokens, I = inputs, O = outputs; a weight is [O, I].
@@ -16,6 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
+from finetune.model.fast.eight_bit import EightBit
+
+EXACT = "auto"  # of model.compute: products of the weight's own values
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -78,8 +81,10 @@ def can_pack(linear: Any) -> bool:
     )
 
 
-def bytes_to_keep(linear: Any, *, keep: bool, pack: bool) -> int:
+def bytes_to_keep(linear: Any, *, keep: bool, pack: bool, compute: str = EXACT) -> int:
     """What freeze() will hold beside the linear's own parameter."""
+    if compute != EXACT:
+        return 2 * int(linear.in_features) * int(linear.out_features)
     if not keep:
         return 0
     once = linear.in_features * linear.out_features * compute_dtype(linear).itemsize
@@ -88,15 +93,18 @@ def bytes_to_keep(linear: Any, *, keep: bool, pack: bool) -> int:
     return once if is_4bit(linear) else 0
 
 
-def freeze(linear: Any, *, keep: bool, pack: bool) -> FrozenWeight:
+def freeze(linear: Any, *, keep: bool, pack: bool, compute: str = EXACT) -> FrozenWeight:
     """The weight of one linear, ready for its products; `pack` asks for oneDNN's layout where that is possible.
 
-    Without `keep` a 4-bit weight is dequantised for each product, and no weight is packed.
+    Without `keep` a 4-bit weight is dequantised for each product, and no weight is packed. In 8 bits (`compute` is int8
+    or fp8) it is kept in any case.
     """
     bias_O = None if linear.bias is None else linear.bias.detach().to(compute_dtype(linear))
-    if is_4bit(linear) and not keep:
+    if compute == EXACT and is_4bit(linear) and not keep:
         return Dequantised(linear, bias_O)
     weight_OI = dequantise(linear) if is_4bit(linear) else linear.weight.detach()
+    if compute != EXACT:
+        return EightBit.of(weight_OI, bias_O, compute)
     if keep and pack and can_pack(linear):
         return Packed.of(weight_OI, bias_O)
     return Plain(weight_OI, bias_O, kept_bytes=weight_OI.nbytes if is_4bit(linear) else 0)
@@ -105,8 +113,8 @@ def freeze(linear: Any, *, keep: bool, pack: bool) -> FrozenWeight:
 class CurrentWeight:
     """The weight of one linear, as freeze() makes it; made anew where somebody changed it: a merge, a load, a move."""
 
-    def __init__(self, linear: Any, *, keep: bool, pack: bool) -> None:
-        self.linear, self.keep, self.pack = linear, keep, pack
+    def __init__(self, linear: Any, *, keep: bool, pack: bool, compute: str = EXACT) -> None:
+        self.linear, self.keep, self.pack, self.compute = linear, keep, pack, compute
         self._frozen: FrozenWeight | None = None
         self._made_from: tuple[Any, int, int] | None = None
 
@@ -117,7 +125,7 @@ class CurrentWeight:
         if self._frozen is None or old is None or old[0] is not parameter or old[1:] != source[1:]:
             assert not parameter.requires_grad, "a weight that learns has a gradient, which no product here computes"
             self._frozen = None  # before the new one takes its memory
-            self._frozen = freeze(self.linear, keep=self.keep, pack=self.pack)
+            self._frozen = freeze(self.linear, keep=self.keep, pack=self.pack, compute=self.compute)
             self._made_from = source
         return self._frozen
 

@@ -152,6 +152,17 @@ def test_never_more_logits_than_a_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sum(kept) == rows * 8
 
 
+def test_of_a_wide_vocabulary_a_chunk_has_128_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer would fit into its bytes, and every chunk reads the head's whole weight."""
+    rows, wide = 300, 5000
+    monkeypatch.setattr(head_file, "CHUNK_BYTES", {"cpu": 10 * wide * 4})
+    hidden = torch.randn(rows, 8, requires_grad=True)
+    linear = torch.nn.Linear(8, wide, bias=False).requires_grad_(False)
+    with Largest() as largest:
+        LossHead(linear, LogitForm()).losses_S(hidden, torch.arange(rows)).sum().backward()
+    assert largest.elements == 100 * wide  # 300 in three equal chunks, the fewest of at most 128
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_kept_weight_changes_no_bit_and_follows_the_heads(dtype: torch.dtype, bias: bool) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from finetune.model.fast import speed_up as pieces
 from finetune.model.fast.speed_up import left_told, record, speed_up
 from finetune.model.fast.swapped import Swapped
 from finetune.plan_layout import SPEEDUPS
 from finetune.run import run
-from tests.conftest import alpaca_rows, write_recipe
+from tests.conftest import alpaca_rows, make_tiny_base, write_recipe
 
 
 def test_every_piece_has_a_name_that_a_recipe_can_write() -> None:
@@ -26,6 +27,17 @@ def test_only_what_is_named_is_swapped() -> None:
     assert speed_up(model, ()) == {}
     assert speed_up(model, ("prefix",)) == {}
     assert dict(model.named_modules()) == before
+
+
+def test_the_head_is_kept_as_products_want_it_only_with_weights(tmp_path: Path) -> None:
+    """Where the CPU multiplies bfloat16, two layouts of 2 bytes each are kept."""
+    base = make_tiny_base(tmp_path / "base", dtype="bfloat16")
+    kept = {}
+    for names in (("head",), ("head", "weights")):
+        model = AutoModelForCausalLM.from_pretrained(base).requires_grad_(False)
+        kept[names] = speed_up(model, names)["head"].kept_bytes
+    packs = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert kept == {("head",): 0, ("head", "weights"): 2 * 2 * model.lm_head.weight.numel() if packs else 0}
 
 
 def test_what_is_left_is_told_by_piece_and_reason() -> None:
