@@ -83,11 +83,12 @@ POINTS = {
     "W5": Point(128, tokens_per_pass=32_768),
     "W6": Point(1, 2048, recompute=True),
 }
-WAYS = ("auto", "none", "trl: defaults", "trl: no checkpointing", "trl: padding-free")
+OURS = ("auto", "none", "fp8")  # own pieces, the libraries' code, own pieces with model.compute: fp8
+WAYS = (*OURS, "trl: defaults", "trl: no checkpointing", "trl: padding-free")
 PLANNED = [
     *[("8B", weights, point, way) for point in ("W1", "W3", "W4") for weights in ("nf4", "none") for way in WAYS],
-    *[("8B", "nf4", point, way) for point in ("W2", "W5", "W6") for way in WAYS[:2]],
-    *[("1B", "nf4", point, way) for point in ("W1", "W3", "W4") for way in WAYS[:3]],
+    *[("8B", "nf4", point, way) for point in ("W2", "W5", "W6") for way in OURS],
+    *[("1B", "nf4", point, way) for point in ("W1", "W3", "W4") for way in (*OURS, WAYS[3])],
     ("70B", "nf4", "W6", "auto"),
     ("70B", "nf4", "W6", "none"),
 ]  # fmt: skip
@@ -184,17 +185,17 @@ def adapted(model: Any) -> Any:
     return tuned.train()
 
 
-def steps_of_ours(
-    model: Any, point: Point, speedups: tuple[str, ...], steps: list[list[Any]], device: str
-) -> list[float]:
+def steps_of_ours(model: Any, point: Point, way: str, steps: list[list[Any]], device: str) -> list[float]:
     """Seconds of every step: the passes of finetune's trainer, clipping, fused AdamW."""
     import torch
 
     from finetune.layout import cut_into_passes
     from finetune.model.fast.speed_up import speed_up
+    from finetune.plan_layout import SPEEDUPS
     from finetune.train.loss import lay_end_to_end, stretch_losses_S
 
-    swapped = speed_up(model, speedups)
+    speedups = () if way == "none" else SPEEDUPS
+    swapped = speed_up(model, speedups, compute="fp8" if way == "fp8" else "auto")
     print({name: (each.count, sorted(set(each.left.values()))) for name, each in swapped.items()}, file=sys.stderr)
     if point.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -263,19 +264,18 @@ def child(cell: dict[str, Any], seconds_wanted: float) -> dict[str, Any]:
 
     from benchmarks.speed.facts import product_rate
     from finetune.model.attention import register_attention
-    from finetune.plan_layout import SPEEDUPS
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     register_attention()
     size, point, way = SIZES[cell["model"]], POINTS[cell["point"]], cell["way"]
-    ours = way in ("auto", "none")
+    ours = way in OURS
     started = time.perf_counter()
     model = adapted(make_model(size, cell["quantization"], device, "documents" if ours else "sdpa"))
     made = time.perf_counter() - started
     count = max(8, min(40, int(seconds_wanted * 10_000 / (point.documents * (point.length or 128)))))
     steps = make_examples(point, size.vocabulary, count)
     if ours:
-        seconds = steps_of_ours(model, point, SPEEDUPS if way == "auto" else (), steps, device)
+        seconds = steps_of_ours(model, point, way, steps, device)
     else:
         from benchmarks.speed.trl_configurations import CONFIGURATIONS
 

@@ -64,6 +64,19 @@ def read(path: Path) -> Report | None:
 
 def speed_section(report: Report, folder: Path) -> list[str]:
     """Ours beside the others, by model and quantization; what was looked for; whether all trained the same."""
+    parts = [
+        f"LoRA rank 16 on all linear modules, {report['batch_size']} examples a step, rows of the Alpaca demo (160; 48 "
+        "for 1.1B), the same token ids and labels for all, measured from outside: a process that trains one epoch and "
+        "one that trains several, the tokens of the additional epochs over the difference of the two walls. Peak "
+        "memory is the resident memory of the longer process. Models have 32,000 words; 24M is 288 wide with 6 layers, "
+        "160M 768 with 12, 1.1B 2,048 with 22.",
+        rates_table(report),
+    ]
+    return parts + search_told(report)
+
+
+def rates_table(report: Report) -> str:
+    """A line for each contender by model and quantization."""
     entries = rates(report["runs"], by=("model", "quantization", "contender"))
     found = {(e["model"], e["quantization"], e["contender"]): e for e in entries}
     rows = []
@@ -75,27 +88,20 @@ def speed_section(report: Report, folder: Path) -> list[str]:
             rows.append([f"{model} {quantization}", name, f"does not run: {entry['failed'][:90]}", "", "", ""])
             continue
         ours = found.get((model, quantization, "finetune"))
-        faster = ratio(ours["rounds"], entry["rounds"]) if ours and contender != "finetune" else None
+        theirs = not contender.startswith("finetune")
+        faster = ratio(ours["rounds"], entry["rounds"]) if ours and theirs else None
         rows.append(
             [
                 f"{model} {quantization}",
                 name,
                 count(entry["tokens_per_second"]),
                 gigabytes(entry["peak_bytes"]),
-                "" if contender == "finetune" else times(faster),
+                times(faster) if theirs else "",
                 loss_told(entry, ours),
             ]
         )
     columns = ["model", "program", "tokens/s", "peak GB", "finetune is faster by", "mean step loss"]
-    parts = [
-        f"LoRA rank 16 on all linear modules, {report['batch_size']} examples a step, rows of the Alpaca demo (160; 48 "
-        "for 1.1B), the same token ids and labels for all, measured from outside: a process that trains one epoch and "
-        "one that trains several, the tokens of the additional epochs over the difference of the two walls. Peak "
-        "memory is the resident memory of the longer process. Models have 32,000 words; 24M is 288 wide with 6 layers, "
-        "160M 768 with 12, 1.1B 2,048 with 22.",
-        table(columns, rows, texts=2),
-    ]
-    return parts + search_told(report)
+    return table(columns, rows, texts=2)
 
 
 def loss_told(entry: dict[str, Any], ours: dict[str, Any] | None) -> str:
@@ -148,6 +154,15 @@ def peers_section(report: Report, folder: Path) -> list[str]:
     ]
 
 
+def peers_rate_section(report: Report, folder: Path) -> list[str]:
+    """The same measurement with few rows, for they are slow here."""
+    return [
+        "Those of them that have a path for a CPU, with the settings of `benchmarks/speed/peers.py`, measured as above "
+        "on the first 8 rows (one step an epoch, three epochs less one).",
+        rates_table(report),
+    ]
+
+
 def told(outcome: dict[str, Any] | None) -> str:
     if outcome is None:
         return NOT_MEASURED
@@ -183,7 +198,7 @@ def ablation_section(report: Report, folder: Path) -> list[str]:
 
 def linear_section(report: Report, folder: Path) -> list[str]:
     """What a token costs in longer passes and longer documents."""
-    from benchmarks.linear_cost import medians
+    from benchmarks.linear_cost import DOCUMENT_OF_PASSES, medians
 
     points = medians(report["runs"])
     picture = folder / "performance-length.png"
@@ -208,7 +223,21 @@ def linear_section(report: Report, folder: Path) -> list[str]:
         f"![What a token costs in longer passes and in longer documents]({picture.name})",
         table(columns, rows),
         where_it_bends(SHAPES[report["model"]], max(point["document_tokens"] for point in points)),
+        what_a_pass_costs([p for p in points if p["way"] == "auto" and p["document_tokens"] == DOCUMENT_OF_PASSES]),
     ]
+
+
+def what_a_pass_costs(points: list[dict[str, Any]]) -> str:
+    """Why short passes cost more a token: the line through the shortest and the longest, seconds by tokens."""
+    short, *_, long = sorted(points, key=lambda point: point["pass_tokens"])
+    seconds = [point["pass_tokens"] / point["tokens_per_second"] for point in (short, long)]
+    slope = (seconds[1] - seconds[0]) / (long["pass_tokens"] - short["pass_tokens"])
+    fixed = seconds[0] - slope * short["pass_tokens"]
+    more = long["tokens_per_second"] / short["tokens_per_second"] - 1
+    return (
+        f"A token of a pass of {short['pass_tokens']:,} costs {more:.0%} more than one of {long['pass_tokens']:,}: "
+        f"every pass takes {1000 * fixed:.0f} milliseconds besides its tokens, for each operation has to be begun."
+    )
 
 
 def where_it_bends(shape: Shape, longest: int) -> str:
@@ -265,6 +294,39 @@ def gradients_told(run: Report) -> list[str]:
     return [f"{run['quantization']}, {len(run['cosines']['auto'])} tensors", *figures]
 
 
+def eight_bits_section(report: Report, folder: Path) -> list[str]:
+    """What int8 gains in tokens a second, and what it costs in loss."""
+    from benchmarks.eight_bits import summary
+
+    speeds = rates([run for run in report["runs"] if run["check"] == "speed"], by=("model", "way"))
+    found = {(entry["model"], entry["way"]): entry for entry in speeds if "failed" not in entry}
+    rows = []
+    for model in dict.fromkeys(entry["model"] for entry in speeds):
+        exact, coarse = found.get((model, "auto")), found.get((model, "int8"))
+        if not (exact and coarse):
+            continue
+        figures = [count(each["tokens_per_second"]) for each in (exact, coarse)]
+        peaks = [gigabytes(each["peak_bytes"]) for each in (exact, coarse)]
+        rows.append([f"{model} nf4", *figures, times(ratio(coarse["rounds"], exact["rounds"])), *peaks])
+    columns = ["model", "exact, tokens/s", "int8, tokens/s", "int8 is faster by", "exact, peak GB", "int8, peak GB"]
+    parts = [
+        "`model.compute: int8` rounds frozen weights to 8 bits with a scale for each output, and the rows they are "
+        "multiplied by with a scale for each row, while training; what is evaluated or released is computed exactly. "
+        "The adapter's own products, attention and head stay as they are. Nobody gets it without asking.",
+        table(columns, rows),
+    ]
+    told = summary(report["runs"])
+    rows = []
+    if all(told[way]["curve"] for way in told):
+        name = f"24M, random: mean loss of the last 50 of {report['steps']} steps"
+        rows.append([name, *(f"{told[way]['curve']:.4f}" for way in ("auto", "int8"))])
+    for number, pair in enumerate(zip(*(told[way]["held_out"] for way in ("auto", "int8")), strict=False)):
+        rows.append([f"embedded base, quickstart, seed {number + 1}: held-out loss", *(f"{each:.4f}" for each in pair)])
+    if all(told[way]["seconds"] for way in told):
+        rows.append(["the same: seconds", *(count(told[way]["seconds"]) for way in ("auto", "int8"))])
+    return [*parts, table(["what it trains", "exact", "int8"], rows)] if rows else parts
+
+
 def demo_section(report: Report, folder: Path) -> list[str]:
     """The quickstart's training with our own pieces and without."""
     from benchmarks.demo_time import summary
@@ -293,7 +355,8 @@ def gpu_section(report: Report, folder: Path) -> list[str]:
     for place in dict.fromkeys(cell[:3] for cell in PLANNED):
         ways = [gpu_cell(groups.get((*place, way), [])) if (*place, way) in PLANNED else "" for way in WAYS]
         rows.append([" ".join(place), *ways, *gpu_facts(groups.get((*place, "auto"), []))])
-    columns = ["model, weights, work point", "own pieces", "libraries", *WAYS[2:], "peak GB", "of the product rate"]
+    names = {"auto": "own pieces", "none": "libraries", "fp8": "own pieces in fp8"}
+    columns = ["model, weights, work point", *(names.get(way, way) for way in WAYS), "peak GB", "of the product rate"]
     text = (
         "One NVIDIA GPU, random weights made on it, real tokens per second; work points as `python benchmarks/gpu.py "
         "--help` has them: W1, W2, W3 are 8, 16, 128 documents of Alpaca's lengths a step, W4 eight rows of 2,048, "
@@ -326,10 +389,12 @@ Section = Callable[[Report, Path], list[str]]
 SECTIONS: dict[str, tuple[str, Section]] = {
     "training_speed": ("Beside other programs", speed_section),
     "peers_speed": ("Other toolkits", peers_section),
+    "peers_rate_speed": ("Other toolkits' speed", peers_rate_section),
     "ablation_speed": ("What each piece gains", ablation_section),
     "linear_cost_speed": ("Longer passes, longer documents", linear_section),
     "parity_speed": ("The same training", parity_section),
     "demo_speed": ("The first run", demo_section),
+    "eight_bits_speed": ("In 8 bits", eight_bits_section),
     "gpu_speed": ("On a GPU", gpu_section),
 }
 PLANS = {"gpu_speed": gpu_section({"runs": []}, PAGE.parent)}  # what would be measured

@@ -37,6 +37,7 @@ def examine() -> list[Finding]:
         Finding("device", True, f"{machine.device}: {machine.device_name}, {machine.cores} cores"),
         Finding("memory", True, f"{machine.memory_gib:.1f} GiB, on the device {machine.device_memory_gib:.1f} GiB"),
         _bfloat16(machine.computes_bfloat16),
+        _in_8_bits(machine.computes_in_8_bits),
         _speed(machine),
         *(_library(name) for name in NEEDED),
         *(Finding(name, True, _version(name) or "not installed (only for output.log_to)") for name in LOGGERS),
@@ -62,7 +63,7 @@ def _speed(machine: Machine) -> Finding:
     if found is None:
         return Finding("speed", True, "not measured: plan shows no seconds (finetune doctor --calibrate)")
     rates = {dtype: max(rate for _, rate in points) / 1e12 for dtype, points in found.products.items()}
-    told = ", ".join(f"{dtype} {rate:.2f} TFLOP/s" for dtype, rate in rates.items())
+    told = ", ".join(f"{kind} {rate:.2f} T{'' if kind == 'int8' else 'FL'}OP/s" for kind, rate in rates.items())
     return Finding("speed", True, f"{told}, memory {found.bytes_per_second / 1e9:.0f} GB/s")
 
 
@@ -74,6 +75,10 @@ def _python() -> Finding:
 def _bfloat16(computes: bool) -> Finding:
     found = "computed in hardware" if computes else "not computed in hardware; dtype auto takes float32"
     return Finding("bfloat16", True, found)
+
+
+def _in_8_bits(kind: str) -> Finding:
+    return Finding("8 bits", True, f"model.compute may be {kind}" if kind else "no products for model.compute")
 
 
 def _library(name: str) -> Finding:

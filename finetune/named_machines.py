@@ -84,6 +84,7 @@ def assumptions(name: str) -> Iterator[str]:
     """What the seconds of a plan for this machine rest on, a line each."""
     named = NAMED[name.lower()]
     dtype, rate = ("bfloat16", named.bfloat16) if named.bfloat16 else ("float32", named.float32)
+    dtype += f" ({named.float8:g} in fp8)" if named.float8 else ""
     whose = "its data sheet" if named.device == "cuda" else "a guess at such machines"
     speeds = f"{rate:g} TFLOP/s in {dtype}, {named.gigabytes_per_second:g} GB/s"
     yield f"{named.title}: {named.memory_gib:g} GiB, {speeds} ({whose})"

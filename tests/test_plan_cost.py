@@ -227,6 +227,7 @@ def test_figures_are_found_again_only_where_they_hold(tmp_path: Path, monkeypatc
     assert found.products["bfloat16"] == ((128, 2e9),)
     assert read_calibration(replace(CPU, cores=4)) is None
     assert read_calibration(replace(CPU, device_name="another")) is None
+    assert read_calibration(replace(CPU, computes_in_8_bits="int8")) is None  # whose products were not measured
 
 
 @pytest.mark.parametrize(
@@ -283,7 +284,9 @@ def test_this_machine_can_be_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     from finetune.machine import probe_machine
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = calibrate(probe_machine())
+    machine = probe_machine()
+    found = calibrate(machine)
+    assert (machine.computes_in_8_bits or "float32") in found.products
     assert json.loads(calibration_file().read_text())["figures"]["runtime_gib"] == found.runtime_gib
     assert 0.1 < found.runtime_gib < 4
     assert 1e-8 < found.operation_seconds < 1e-3

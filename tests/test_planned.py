@@ -68,6 +68,16 @@ def test_a_machine_that_is_not_here_is_planned_for_and_its_assumptions_are_told(
     assert "not measured" in page
 
 
+def test_products_in_fp8_are_planned_for_machines_that_have_them(tmp_path: Path) -> None:
+    """Twice the rate by the data sheet, for the linears alone; refused by a name that has none."""
+    recipe = quantised(tmp_path, "meta-llama/Llama-3.1-8B", model__compute="fp8")
+    exact = quantised(tmp_path / "exact", "meta-llama/Llama-3.1-8B")
+    ratio = plan_values(exact, on="h100")["seconds_per_step"] / plan_values(recipe, on="h100")["seconds_per_step"]
+    assert 1.05 < ratio < 2
+    with pytest.raises(UserError, match=r"model\.compute: fp8 needs an NVIDIA GPU of compute capability 8\.9 or newer"):
+        plan_values(recipe, on="a100-80")
+
+
 def test_an_unknown_machine_and_a_size_that_is_none_are_told(tmp_path: Path) -> None:
     recipe = quantised(tmp_path, POCKET)
     with pytest.raises(UserError, match=r"--on: 'h20' is not known; did you mean 'h200'\?; write one of h200, h100"):

@@ -30,6 +30,7 @@ def header(command: str) -> dict[str, Any]:
             "cores": machine.cores,
             "memory_gib": round(machine.memory_gib, 1),
             "computes_bfloat16": machine.computes_bfloat16,
+            "computes_in_8_bits": machine.computes_in_8_bits,
         },
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
