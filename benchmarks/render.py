@@ -156,10 +156,17 @@ def peers_section(report: Report, folder: Path) -> list[str]:
 
 def peers_rate_section(report: Report, folder: Path) -> list[str]:
     """The same measurement with few rows, for they are slow here."""
+    runs = [run for run in report["runs"] if not run.get("failed")]
+    alone = [run for run in runs if sum(other["contender"] == run["contender"] for other in runs) == 1]
     return [
         "Those of them that have a path for a CPU, with the settings of `benchmarks/speed/peers.py`, measured as above "
         "on the first 8 rows (one step an epoch, three epochs less one).",
         rates_table(report),
+        *(
+            f"{run['contender']} was broken off: one epoch took {run['wall_seconds']:.0f} seconds with loading, "
+            f"{run['cpu_seconds'] / run['wall_seconds']:.1f} cores at work, {gigabytes(run['peak_bytes'])} GB."
+            for run in alone
+        ),
     ]
 
 

@@ -43,6 +43,7 @@ DEQUANTISED_BYTES_MOVED, OPTIMIZER_BYTES_MOVED = 20.0, 60.0
 LOGIT_BYTES_MOVED = {"cpu": 60.0, "cuda": 20.0}  # an exponential and its gradient take a core as long as so many bytes
 OPERATIONS_PER_LAYER, OPERATIONS_PER_STEP = 300.0, 3000.0
 OPERATIONS_PER_PASS = {"cpu": 4000.0, "cuda": 500.0}  # on a CPU oneDNN writes programs for products of a new length
+EXACT_FORWARD = "down_proj"  # whose product forward is exact in 8 bits, too (finetune/model/fast/eight_bit.py)
 TO_RESIDUAL = ("o_proj", "down_proj")  # linears whose output is added to the layer's input, and not kept by itself
 
 
@@ -110,16 +111,24 @@ def kept_weight_bytes(costs: Costs) -> int:
     """What is held beside the model for its products.
 
     With `weights` on a CPU 16-bit weights twice (one layout a product), others once; weights in 8 bits twice in any
-    case.
+    case, the exact one of an MLP's second linear in the place of one of them.
     """
     linears = 0 if costs.quantization == "int8" or costs.compute != "auto" else in_linears(costs.base)
-    in_8_bits = 2 * in_linears(costs.base) if costs.compute != "auto" else 0
+    in_8_bits = _bytes_in_8_bits(costs)
     if "weights" not in costs.speedups:
         return in_8_bits
     if costs.device == "cpu" and costs.dtype == "bfloat16":
         head = costs.base.vocabulary * costs.base.hidden_size if "head" in costs.speedups else 0
         return in_8_bits + 4 * (linears + head)
     return in_8_bits + (ELEMENT_BYTES[costs.dtype] * linears if costs.quantization in FOUR_BITS else 0)
+
+
+def _bytes_in_8_bits(costs: Costs) -> int:
+    if costs.compute == "auto":
+        return 0
+    exact = sum(each.in_features * each.out_features for each in costs.base.linears if each.leaf == EXACT_FORWARD)
+    held = costs.device == "cpu" or costs.quantization in FOUR_BITS
+    return 2 * in_linears(costs.base) + (exact if held else -exact)
 
 
 def _weight_bytes(costs: Costs) -> float:
@@ -239,7 +248,10 @@ def step_products(costs: Costs) -> Iterator[tuple[float, float, str]]:
     for linear in base.linears:
         operations = 2 * linear.in_features * linear.out_features * steps.tokens
         width = math.sqrt(linear.in_features * linear.out_features)
-        yield operations * (2 + again), width, dtype if costs.compute == "auto" else costs.compute
+        exact = 2 + again if costs.compute == "auto" else 1 + again if linear.leaf == EXACT_FORWARD else 0
+        yield operations * exact, width, dtype
+        if exact < 2 + again:
+            yield operations * (2 + again - exact), width, costs.compute
     yield 2 * costs.trainable * steps.tokens * (3 + again) * THIN, base.hidden_size, dtype
     for linear in base.linears:
         if linear.leaf in TO_RESIDUAL[:1]:

@@ -35,6 +35,7 @@ from finetune.model.fast.weights import (
     is_4bit,
     why_not,
 )
+from finetune.plan_cost import EXACT_FORWARD
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -51,7 +52,7 @@ def swap_linears(model: torch.nn.Module, *, keep: bool = True, pack: bool = True
     kept_bytes = 0
     for name, (module, linear) in ours.items():
         reason = None if compute == EXACT else why_not_in_8_bits(linear, compute)
-        own = OwnForward(module, linear, keep=keep, pack=pack, compute=EXACT if reason else compute)
+        own = OwnForward(module, linear, keep=keep, pack=pack, **_in_8_bits(name, linear, compute))
         kept_bytes += own.weight.get().kept_bytes
         module.forward = own.forward
         if reason:
@@ -62,7 +63,17 @@ def swap_linears(model: torch.nn.Module, *, keep: bool = True, pack: bool = True
 def bytes_kept(model: torch.nn.Module, *, keep: bool = True, pack: bool = True, compute: str = EXACT) -> int:
     """What swap_linears would hold in memory beside the model."""
     ours, _ = _sorted_out(model)
-    return sum(bytes_to_keep(linear, keep=keep, pack=pack, compute=compute) for _, linear in ours.values())
+    return sum(
+        bytes_to_keep(linear, keep=keep, pack=pack, **_in_8_bits(name, linear, compute))
+        for name, (_, linear) in ours.items()
+    )
+
+
+def _in_8_bits(name: str, linear: Any, compute: str) -> dict[str, Any]:
+    """How freeze() is to hold the linear of this path."""
+    if compute == EXACT or why_not_in_8_bits(linear, compute):
+        return {}
+    return {"compute": compute, "exact_forward": name.endswith(EXACT_FORWARD)}
 
 
 def why_left(layer: Any) -> str | None:
@@ -88,12 +99,12 @@ def why_left(layer: Any) -> str | None:
 class OwnForward:
     """What replaces the forward of one module: `module` is a LoRA layer over the frozen `linear`, or that itself."""
 
-    def __init__(self, module: Any, linear: Any, *, keep: bool, pack: bool, compute: str = EXACT) -> None:
+    def __init__(self, module: Any, linear: Any, *, keep: bool, pack: bool, **in_8_bits: Any) -> None:
         self.module = module
         self.linear = linear
-        self.weight = CurrentWeight(linear, keep=keep, pack=pack, compute=compute)
+        self.weight = CurrentWeight(linear, keep=keep, pack=pack, **in_8_bits)
         # A second form would be held for evaluations only: they dequantise for each product.
-        self.evaluated = self.weight if compute == EXACT else CurrentWeight(linear, keep=False, pack=False)
+        self.evaluated = CurrentWeight(linear, keep=False, pack=False) if in_8_bits else self.weight
         self._plain_adapters: list[str] | None = None  # those that why_left was asked about, and found nothing
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -81,30 +81,36 @@ def can_pack(linear: Any) -> bool:
     )
 
 
-def bytes_to_keep(linear: Any, *, keep: bool, pack: bool, compute: str = EXACT) -> int:
+def bytes_to_keep(linear: Any, *, keep: bool, pack: bool, compute: str = EXACT, exact_forward: bool = False) -> int:
     """What freeze() will hold beside the linear's own parameter."""
+    once = int(linear.in_features * linear.out_features * compute_dtype(linear).itemsize)
     if compute != EXACT:
-        return 2 * int(linear.in_features) * int(linear.out_features)
+        held = once if (pack and can_pack(linear)) or is_4bit(linear) else 0
+        return once // 2 + (held if exact_forward else once // 2)
     if not keep:
         return 0
-    once = linear.in_features * linear.out_features * compute_dtype(linear).itemsize
     if pack and can_pack(linear):
         return 2 * once
     return once if is_4bit(linear) else 0
 
 
-def freeze(linear: Any, *, keep: bool, pack: bool, compute: str = EXACT) -> FrozenWeight:
+def freeze(linear: Any, *, keep: bool, pack: bool, compute: str = EXACT, exact_forward: bool = False) -> FrozenWeight:
     """The weight of one linear, ready for its products; `pack` asks for oneDNN's layout where that is possible.
 
     Without `keep` a 4-bit weight is dequantised for each product, and no weight is packed. In 8 bits (`compute` is int8
-    or fp8) it is kept in any case.
+    or fp8) it is kept in any case; with `exact_forward` only the product back is one of 8 bits.
     """
     bias_O = None if linear.bias is None else linear.bias.detach().to(compute_dtype(linear))
     if compute == EXACT and is_4bit(linear) and not keep:
         return Dequantised(linear, bias_O)
     weight_OI = dequantise(linear) if is_4bit(linear) else linear.weight.detach()
-    if compute != EXACT:
+    if compute != EXACT and not exact_forward:
         return EightBit.of(weight_OI, bias_O, compute)
+    if compute != EXACT:
+        packs = pack and can_pack(linear)
+        plain = Plain(weight_OI, bias_O, kept_bytes=weight_OI.nbytes if is_4bit(linear) else 0)
+        exact = PackedForward.of(weight_OI, bias_O) if packs else plain
+        return EightBit.of(weight_OI, bias_O, compute, exact=exact)
     if keep and pack and can_pack(linear):
         return Packed.of(weight_OI, bias_O)
     return Plain(weight_OI, bias_O, kept_bytes=weight_OI.nbytes if is_4bit(linear) else 0)
@@ -113,8 +119,8 @@ def freeze(linear: Any, *, keep: bool, pack: bool, compute: str = EXACT) -> Froz
 class CurrentWeight:
     """The weight of one linear, as freeze() makes it; made anew where somebody changed it: a merge, a load, a move."""
 
-    def __init__(self, linear: Any, *, keep: bool, pack: bool, compute: str = EXACT) -> None:
-        self.linear, self.keep, self.pack, self.compute = linear, keep, pack, compute
+    def __init__(self, linear: Any, **how: Any) -> None:
+        self.linear, self.how = linear, how  # as freeze() takes it
         self._frozen: FrozenWeight | None = None
         self._made_from: tuple[Any, int, int] | None = None
 
@@ -125,7 +131,7 @@ class CurrentWeight:
         if self._frozen is None or old is None or old[0] is not parameter or old[1:] != source[1:]:
             assert not parameter.requires_grad, "a weight that learns has a gradient, which no product here computes"
             self._frozen = None  # before the new one takes its memory
-            self._frozen = freeze(self.linear, keep=self.keep, pack=self.pack, compute=self.compute)
+            self._frozen = freeze(self.linear, **self.how)
             self._made_from = source
         return self._frozen
 
@@ -172,6 +178,22 @@ class Packed:
 
     def backward(self, dy_TO: torch.Tensor) -> torch.Tensor:
         return _multiply_packed(dy_TO, self.for_backward, None)
+
+
+@dataclass(frozen=True)
+class PackedForward:
+    """The first of these two layouts alone."""
+
+    for_forward: torch.Tensor
+    bias_O: torch.Tensor | None
+    kept_bytes: int
+
+    @classmethod
+    def of(cls, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> PackedForward:
+        return cls(torch.ops.mkldnn._reorder_linear_weight(weight_OI, None), bias_O, weight_OI.nbytes)
+
+    def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
+        return _multiply_packed(x_TI, self.for_forward, self.bias_O)
 
 
 @dataclass(frozen=True)
