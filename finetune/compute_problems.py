@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from finetune.adapter_plan import ROUTERS
+from finetune.base import BaseFacts
 from finetune.errors import Problem
 from finetune.machine import Machine
 from finetune.plan_layout import Layout
@@ -13,20 +15,18 @@ NEEDS = {
     "int8": "a CPU that multiplies 8-bit numbers (AVX512-VNNI, AVX-VNNI or AMX-INT8)",
     "fp8": "an NVIDIA GPU of compute capability 8.9 or newer",
 }
+FLOAT8_MULTIPLE = 16  # of a weight's sizes, which cuBLAS wants
 
 
-def compute_problems(recipe: Recipe, machine: Machine, layout: Layout, *, dtype: str) -> list[Problem]:
+def compute_problems(recipe: Recipe, machine: Machine, base: BaseFacts, layout: Layout, *, dtype: str) -> list[Problem]:
     """Everything that keeps this recipe from model.compute: int8 or fp8 on this machine; none where it is auto."""
-    asked = recipe.model.compute
-    if asked == "auto":
+    if recipe.model.compute == "auto":
         return []
-    return [
-        Problem("model.compute", f"{asked} {reason}, or leave it auto")
-        for reason in _reasons(recipe, machine, layout, dtype)
-    ]
+    reasons = _reasons(recipe, machine, base, layout, dtype)
+    return [Problem("model.compute", f"{recipe.model.compute} {reason}, or leave it auto") for reason in reasons]
 
 
-def _reasons(recipe: Recipe, machine: Machine, layout: Layout, dtype: str) -> Iterator[str]:
+def _reasons(recipe: Recipe, machine: Machine, base: BaseFacts, layout: Layout, dtype: str) -> Iterator[str]:
     asked = recipe.model.compute
     if asked != machine.computes_in_8_bits:
         other = machine.computes_in_8_bits
@@ -41,3 +41,7 @@ def _reasons(recipe: Recipe, machine: Machine, layout: Layout, dtype: str) -> It
         yield "is computed by our own linears, which have no adapter.dropout; write 0"
     if "linears" not in layout.speedups:
         yield "is computed by our own linears; let train.speedups have linears"
+    odd = [each for each in base.linears if each.in_features % FLOAT8_MULTIPLE or each.out_features % FLOAT8_MULTIPLE]
+    if asked == "fp8" and (odd := [each for each in odd if each.leaf not in ROUTERS]):
+        shape = f"{odd[0].leaf} has {odd[0].out_features} x {odd[0].in_features}"
+        yield f"multiplies sizes that are multiples of {FLOAT8_MULTIPLE}, and {shape}; take another base"

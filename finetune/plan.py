@@ -167,7 +167,7 @@ def make_plan(  # noqa: PLR0913 - all that a plan follows from
     problems += _held_out_problems(recipe, data)
     dtype, longest = _resolve_dtype(recipe, machine), int(data.train_tokens.max())
     layouts = list(possible_layouts(recipe, base, longest=longest, device=machine.device, begun=begun))
-    problems += layout_problems(recipe, base) + compute_problems(recipe, machine, layouts[0], dtype=dtype)
+    problems += layout_problems(recipe, base) + compute_problems(recipe, machine, base, layouts[0], dtype=dtype)
     raise_problems(problems)
     for layout in layouts:
         train = _train_plan(recipe, machine, data, dtype, layout)

@@ -37,7 +37,7 @@ ALLOWED = {
     "calibration": {"errors", "machine"},
     "calibrate": {"machine", "model", "train"},
     "plan_layout": {"errors", "recipe", "base"},
-    "compute_problems": {"errors", "machine", "plan_layout", "recipe"},
+    "compute_problems": {"adapter_plan", "base", "errors", "machine", "plan_layout", "recipe"},
     "plan_lowered": {"plan_layout", "plan"},
     "plan_cost": {"base", "calibration", "layout", "machine"},
     "plan": {"errors", "machine", "recipe", "base", "layout", "adapter_plan", "adapter_problems", "plan_layout"}

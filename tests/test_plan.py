@@ -212,6 +212,21 @@ def test_products_in_8_bits_are_had_or_refused(
     assert re.search(reason, problem.message), problem.message
 
 
+def test_sizes_that_fp8_cannot_multiply_are_refused(here: Path) -> None:
+    """A router's, which stays as it is, may have any."""
+    recipe = recipe_with(**{"model.compute": "fp8"})
+    base = read_base(recipe.model.base)
+    data = prepare_data(recipe.data, base, seed=recipe.seed)
+    shape = base.facts.linears[0]
+    router = replace(
+        base.facts, linears=(*base.facts.linears, replace(shape, module="model.layers.0.gate", out_features=6))
+    )
+    assert make_plan(recipe, GPU, router, data.facts).train.compute == "fp8"
+    odd = replace(base.facts, linears=(replace(shape, out_features=250), *base.facts.linears[1:]))
+    with pytest.raises(UserError, match=f"multiples of 16, and {shape.leaf} has 250 x {shape.in_features}; take"):
+        make_plan(recipe, GPU, odd, data.facts)
+
+
 def test_weights_in_8_bits_take_a_byte_for_each_product(here: Path) -> None:
     """In place of two; of an MLP's second linear two forward, one back."""
     shapes = read_base("builtin:pocket-llama").facts.linears

@@ -27,7 +27,6 @@ ZERO = 128  # what oneDNN's unsigned activations take off
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_LARGEST = torch.finfo(FLOAT8).max
 SMALLEST_SCALE = 1e-30  # of rows of zeros
-FLOAT8_MULTIPLE = 16  # of both sizes, which cuBLAS wants
 
 
 class Matrix(Protocol):
@@ -91,7 +90,7 @@ class Int8:
 
 
 class Float8:
-    """By cuBLAS, from GPUs of compute capability 8.9 on."""
+    """By cuBLAS, from GPUs of compute capability 8.9 on, where both sizes are multiples of 16."""
 
     def __init__(self, weight_OI: torch.Tensor) -> None:
         self.weight_OI, self.scale_O = _float8_rows(weight_OI)
@@ -110,13 +109,6 @@ class Float8:
 
 
 MATRICES: dict[str, Any] = {"int8": Int8, "fp8": Float8}
-
-
-def why_not_in_8_bits(linear: Any, kind: str) -> str | None:
-    """Why this linear's products stay exact; None where they need not."""
-    if kind == "fp8" and (linear.in_features % FLOAT8_MULTIPLE or linear.out_features % FLOAT8_MULTIPLE):
-        return f"its sizes are no multiples of {FLOAT8_MULTIPLE}, which products in fp8 need"
-    return None
 
 
 def _float8_rows(x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,7 +24,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.autograd.function import once_differentiable
 
 from finetune.model.fast import thin
-from finetune.model.fast.eight_bit import why_not_in_8_bits
 from finetune.model.fast.swapped import Swapped
 from finetune.model.fast.weights import (
     EXACT,
@@ -51,12 +50,9 @@ def swap_linears(model: torch.nn.Module, *, keep: bool = True, pack: bool = True
     ours, left = _sorted_out(model)
     kept_bytes = 0
     for name, (module, linear) in ours.items():
-        reason = None if compute == EXACT else why_not_in_8_bits(linear, compute)
-        own = OwnForward(module, linear, keep=keep, pack=pack, **_in_8_bits(name, linear, compute))
+        own = OwnForward(module, linear, keep=keep, pack=pack, **_in_8_bits(name, compute))
         kept_bytes += own.weight.get().kept_bytes
         module.forward = own.forward
-        if reason:
-            left[name] = reason
     return Swapped(len(ours), kept_bytes, left)
 
 
@@ -64,16 +60,13 @@ def bytes_kept(model: torch.nn.Module, *, keep: bool = True, pack: bool = True, 
     """What swap_linears would hold in memory beside the model."""
     ours, _ = _sorted_out(model)
     return sum(
-        bytes_to_keep(linear, keep=keep, pack=pack, **_in_8_bits(name, linear, compute))
-        for name, (_, linear) in ours.items()
+        bytes_to_keep(linear, keep=keep, pack=pack, **_in_8_bits(name, compute)) for name, (_, linear) in ours.items()
     )
 
 
-def _in_8_bits(name: str, linear: Any, compute: str) -> dict[str, Any]:
+def _in_8_bits(path: str, compute: str) -> dict[str, Any]:
     """How freeze() is to hold the linear of this path."""
-    if compute == EXACT or why_not_in_8_bits(linear, compute):
-        return {}
-    return {"compute": compute, "exact_forward": name.endswith(EXACT_FORWARD)}
+    return {} if compute == EXACT else {"compute": compute, "exact_forward": path.endswith(EXACT_FORWARD)}
 
 
 def why_left(layer: Any) -> str | None:

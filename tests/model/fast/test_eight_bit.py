@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.errors import NumericsError, UserError
 from finetune.machine import probe_machine
-from finetune.model.fast.eight_bit import MATRICES, EightBit, Float8, Int8, why_not_in_8_bits
+from finetune.model.fast.eight_bit import MATRICES, EightBit, Int8
 from finetune.model.fast.kernels import Kernels, load_kernels
 from finetune.model.fast.linears import bytes_kept, swap_linears
 from finetune.model.fast.weights import CurrentWeight, can_pack
@@ -164,13 +164,6 @@ def test_a_changed_weight_is_rounded_again() -> None:
     with torch.no_grad():
         linear.weight.mul_(2)
     assert torch.allclose(current.get().forward(x).double(), 2 * before.double(), rtol=2**-7, atol=1e-6)
-
-
-def test_sizes_that_fp8_cannot_have_stay_exact() -> None:
-    assert why_not_in_8_bits(torch.nn.Linear(32, 48), "fp8") is None
-    assert "multiples of 16" in (why_not_in_8_bits(torch.nn.Linear(32, 40), "fp8") or "")
-    assert why_not_in_8_bits(torch.nn.Linear(32, 40), "int8") is None
-    assert Float8(torch.ones(32, 48)).nbytes == 32 * 48
 
 
 IN_INT8 = {"model__quantization": "nf4", "model__dtype": "bfloat16", "model__compute": "int8"}
