@@ -319,7 +319,8 @@ def eight_bits_section(report: Report, folder: Path) -> list[str]:
     parts = [
         "`model.compute: int8` rounds frozen weights to 8 bits with a scale for each output, and the rows they are "
         "multiplied by with a scale for each row, while training; what is evaluated or released is computed exactly. "
-        "The adapter's own products, attention and head stay as they are. Nobody gets it without asking.",
+        "The forward product of `down_proj`, the adapter's own products, attention and head stay as they are. Nobody "
+        "gets it without asking; for small models it gains nothing.",
         table(columns, rows),
     ]
     told = summary(report["runs"])
