@@ -34,7 +34,7 @@ def compare_with_exact(trainer: StepTrainer) -> str:
     trainer.adapted_model.train()
     cosine = torch.nn.functional.cosine_similarity(gradient, exact_gradient, dim=0).item()
     told = f"loss {in_8_bits:.4f} ({exact:.4f} exactly), gradients at a cosine of {cosine:.5f}"
-    if abs(in_8_bits - exact) <= FARTHEST_LOSS * exact and cosine >= SMALLEST_COSINE:
+    if are_near(in_8_bits, exact, cosine):
         return f"in {trainer.plan.compute} {told}"
     message = (
         f"{trainer.plan.compute} is too coarse for this base: {told}; at most {FARTHEST_LOSS:.1%} of the loss and a "
@@ -43,6 +43,11 @@ def compare_with_exact(trainer: StepTrainer) -> str:
     error = NumericsError(Problem("model.compute", message))
     trainer.ranks.agree(error if trainer.ranks.is_first else None)
     return told
+
+
+def are_near(in_8_bits: float, exact: float, cosine: float) -> bool:
+    """Whether two losses and the cosine of their gradients are those of the same training; none is where one is NaN."""
+    return abs(in_8_bits - exact) <= FARTHEST_LOSS * exact and cosine >= SMALLEST_COSINE
 
 
 def _few_rows(examples: Sequence[Example]) -> list[Example]:

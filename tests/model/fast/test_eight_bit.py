@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from finetune.model.fast.kernels import Kernels, load_kernels
 from finetune.model.fast.linears import bytes_kept, swap_linears
 from finetune.model.fast.weights import CurrentWeight, can_pack
 from finetune.run import run
+from finetune.train.parity import are_near
 from tests.conftest import alpaca_rows, make_tiny_base, write_recipe
 from tests.model.fast.test_linears import WEIGHTS, adapted, cosine, formula, inputs, one, step, tokens
 
@@ -206,6 +208,16 @@ def test_a_trained_base_passes_where_small_errors_grow(tmp_path: Path, capsys: p
     loss, exact, cosine_ = map(float, told.groups())
     assert loss == pytest.approx(exact, rel=0.01)
     assert 0.95 < cosine_ < 1
+
+
+@pytest.mark.parametrize(
+    ("in_8_bits", "cosine", "near"),
+    [(2.0, 1.0, True), (2.03, 0.91, True), (1.97, 0.91, True), (2.05, 1.0, False), (1.95, 1.0, False),
+     (2.0, 0.89, False), (2.0, -1.0, False), (math.nan, 1.0, False), (2.0, math.nan, False)],
+)  # fmt: skip
+def test_near_are_both_the_loss_and_the_gradients(in_8_bits: float, cosine: float, near: bool) -> None:
+    """Of an exact loss of 2."""
+    assert are_near(in_8_bits, 2.0, cosine) is near
 
 
 @on_int8
