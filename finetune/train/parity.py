@@ -13,8 +13,8 @@ from finetune.train.optimizer import forget_gradients
 from finetune.train.trainer import StepTrainer
 
 # Of the exact loss, and of all gradients of the adapter as one vector. Where a base is asked for what it does not know
-# yet, small errors grow: with 0.6 % and 0.97 the embedded base still trains as well as exactly
-# (benchmarks/eight_bits.py); one whose rows 8 bits cannot hold is far from both.
+# yet, small errors grow, and it trains as well nevertheless (the embedded base: benchmarks/eight_bits.py); one whose
+# rows 8 bits cannot hold is far from both.
 FARTHEST_LOSS, SMALLEST_COSINE = 0.02, 0.9
 ROWS, TOKENS = 16, 1024  # which are compared: the shortest of the first
 

@@ -7,8 +7,8 @@ nobody gets them without asking (model.compute), and a run compares loss and gra
 its first step (finetune/train/parity.py).
 
 The second linear of a gated MLP goes forward exactly: its rows are products of two activations, with a few numbers so
-large that one scale for the row leaves little of the others (of the embedded base's linears rounded alone, it takes the
-gradients to a cosine of 0.982 with the exact ones, every other to 0.997 or more). Back through it 8 bits do no harm.
+large that one scale for the row leaves little of the others; rounded alone, it turns the gradients most. Back through
+it 8 bits do no harm.
 """
 
 # T = tokens, I = inputs, O = outputs.
